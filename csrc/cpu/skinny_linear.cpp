@@ -1,0 +1,197 @@
+// residual_linear, norm_linear, norm_swiglu on the CPU: checks, then the fused kernels for few rows
+// (decode) or ATen's matrix product between our normalization and epilogue for many (prefill).
+#include <memory>
+
+#include "common.h"
+#include "dispatch.h"
+
+namespace nbl {
+namespace {
+
+// Below this much weight a second thread costs more than it brings.
+constexpr int64_t kBytesPerThread = 1 << 15;
+
+struct LinearArgs {
+  const char* op;
+  Tensor x, weight;
+  std::optional<Tensor> bias, residual, norm_weight;
+  double norm_eps;
+  bool swiglu;
+};
+
+const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+int64_t product_of_leading(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+void validate(const LinearArgs& a) {
+  kernel_dtype(a.op, "x", a.x);
+  const char* weight_name = a.swiglu ? "gate_up_weight" : "weight";
+  check(a.x.dim() >= 1, a.op, ": x must have at least one dimension, got a scalar");
+  check(a.weight.dim() == 2, a.op, ": ", weight_name, " must have 2 dimensions, got shape ",
+        shape(a.weight));
+  const int64_t k = a.x.size(-1), rows = a.weight.size(0);
+  check(a.weight.size(1) == k, a.op, ": ", weight_name, " must have shape (N, ", k,
+        ") for x of shape ", shape(a.x), ", got ", shape(a.weight));
+  check_like(a.op, weight_name, a.weight, "x", a.x);
+  check(!a.swiglu || rows % 2 == 0, a.op,
+        ": gate_up_weight must have an even number of rows (gate, then up), got ", rows);
+  if (a.bias) {
+    check_shape(a.op, "bias", *a.bias, {rows});
+    check_like(a.op, "bias", *a.bias, "x", a.x);
+  }
+  if (a.norm_weight) {
+    check_shape(a.op, "norm_weight", *a.norm_weight, {k});
+    check_like(a.op, "norm_weight", *a.norm_weight, "x", a.x);
+  }
+  if (a.residual) {
+    bool same = a.residual->dim() == a.x.dim() && a.residual->size(-1) == rows;
+    for (int64_t i = 0; same && i + 1 < a.x.dim(); ++i) same = a.residual->size(i) == a.x.size(i);
+    check(same, a.op, ": residual must have the shape of the output, x's ", shape(a.x),
+          " with last dimension ", rows, ", got ", shape(*a.residual),
+          a.residual->get() == a.x.get() ? " (residual defaults to x: give one when N != K)" : "");
+    check_like(a.op, "residual", *a.residual, "x", a.x);
+  }
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  if (!t || t->is_contiguous()) return t;
+  return torch::stable::contiguous(*t);
+}
+
+Tensor empty_like_rows(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(last);
+  return torch::stable::new_empty(x, sizes);
+}
+
+// m <= kSkinnyRows: one pass over the weight.
+void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m) {
+  const CpuKernels& isa = cpu_kernels();
+  const TypedKernels& kernels = isa[kernel_dtype(a.op, "x", a.x)];
+  SkinnyLinear p{};
+  p.m = m;
+  p.n = out.size(-1);
+  p.k = a.x.size(-1);
+  p.x = a.x.const_data_ptr();
+  p.x_stride = row_stride(a.x);
+  p.norm_weight = data(a.norm_weight);
+  p.norm_eps = static_cast<float>(a.norm_eps);
+  p.weight = a.weight.const_data_ptr();
+  p.weight_stride = a.weight.stride(0);
+  p.bias = data(a.bias);
+  if (a.residual) {
+    p.residual = a.residual->const_data_ptr();
+    p.residual_stride = row_stride(*a.residual);
+  }
+  p.out = out.mutable_data_ptr();
+  p.out_stride = p.n;
+
+  // Features in cache-line aligned memory of this thread, kept between calls.
+  thread_local std::vector<char> scratch;
+  const int64_t bytes = m * ((p.k + 31) / 32 * 32) * int64_t{sizeof(float)};
+  if (static_cast<int64_t>(scratch.size()) < bytes + 64) scratch.resize(bytes + 64);
+  void* features = scratch.data();
+  size_t space = scratch.size();
+  std::align(64, bytes, features, space);
+  kernels.prepare_features(p, features);
+
+  const auto run = a.swiglu ? kernels.swiglu_columns : kernels.linear_columns;
+  const int64_t row_bytes = std::max<int64_t>(1, p.k * a.x.element_size() * (a.swiglu ? 2 : 1));
+  const int64_t grain = std::max<int64_t>(4, kBytesPerThread / row_bytes);
+  torch::stable::parallel_for(0, p.n, grain,
+                              [&](int64_t begin, int64_t end) { run(p, features, begin, end); });
+}
+
+Tensor normalized(const LinearArgs& a, int64_t m) {
+  Tensor out = torch::stable::new_empty(a.x, a.x.sizes());
+  RowNorm p{};
+  p.x = a.x.const_data_ptr();
+  p.x_stride = row_stride(a.x);
+  p.norm_weight = data(a.norm_weight);
+  p.norm_eps = static_cast<float>(a.norm_eps);
+  p.out = out.mutable_data_ptr();
+  p.k = a.x.size(-1);
+  const TypedKernels& kernels = cpu_kernels()[kernel_dtype(a.op, "x", a.x)];
+  torch::stable::parallel_for(0, m, 4, [&](int64_t begin, int64_t end) {
+    kernels.rms_norm_rows(p, begin, end);
+  });
+  return out;
+}
+
+Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{to_ivalue(x), to_ivalue(weight), to_ivalue(bias)};
+  call_aten("aten::linear", "", stack.data());
+  return tensor_from(stack[0]);
+}
+
+Tensor run_wide(const LinearArgs& a, int64_t m) {
+  const TypedKernels& kernels = cpu_kernels()[kernel_dtype(a.op, "x", a.x)];
+  Tensor out = aten_linear(a.norm_weight ? normalized(a, m) : a.x, a.weight, a.bias);
+  if (a.swiglu) {
+    const Tensor gate_up = out;
+    const int64_t n = gate_up.size(-1) / 2;
+    out = empty_like_rows(a.x, n);
+    const SiluMul p{gate_up.const_data_ptr(), out.mutable_data_ptr(), n};
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      kernels.silu_mul_rows(p, begin, end);
+    });
+  }
+  if (a.residual) {
+    const int64_t n = out.size(-1);
+    const AddRows p{a.residual->const_data_ptr(), row_stride(*a.residual), out.mutable_data_ptr(),
+                    n};
+    torch::stable::parallel_for(0, m, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n)),
+                                [&](int64_t begin, int64_t end) {
+                                  kernels.add_rows(p, begin, end);
+                                });
+  }
+  return out;
+}
+
+Tensor run(LinearArgs a) {
+  validate(a);
+  a.x = with_contiguous_rows(a.x);
+  if (a.weight.stride(1) != 1) a.weight = torch::stable::contiguous(a.weight);
+  a.bias = contiguous(a.bias);
+  a.norm_weight = contiguous(a.norm_weight);
+  if (a.residual) a.residual = with_contiguous_rows(*a.residual);
+
+  const int64_t m = product_of_leading(a.x);
+  const int64_t n = a.weight.size(0) / (a.swiglu ? 2 : 1);
+  if (m > kSkinnyRows) return run_wide(a, m);
+  Tensor out = empty_like_rows(a.x, n);
+  if (m > 0 && n > 0) run_skinny(a, out, m);
+  return out;
+}
+
+Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual,
+                       const std::optional<Tensor>& norm_weight, double norm_eps) {
+  return run({"residual_linear", x, weight, bias, residual ? *residual : x, norm_weight, norm_eps,
+              false});
+}
+
+Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
+                   const std::optional<Tensor>& bias, double norm_eps) {
+  return run({"norm_linear", x, weight, bias, std::nullopt, norm_weight, norm_eps, false});
+}
+
+Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
+                   double norm_eps) {
+  return run(
+      {"norm_swiglu", x, gate_up_weight, std::nullopt, std::nullopt, norm_weight, norm_eps, true});
+}
+
+}  // namespace
+}  // namespace nbl
+
+STABLE_TORCH_LIBRARY_IMPL(nbl, CPU, m) {
+  m.impl("residual_linear", TORCH_BOX(&nbl::residual_linear));
+  m.impl("norm_linear", TORCH_BOX(&nbl::norm_linear));
+  m.impl("norm_swiglu", TORCH_BOX(&nbl::norm_swiglu));
+}

@@ -1,0 +1,74 @@
+// The element types of weights and activations, without torch: plain bits and their conversions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace nbl {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(bfloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+
+inline float to_float(float16 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals exact.
+  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
+  return bits_to_float(sign | float_to_bits(scaled));
+}
+
+template <class T>
+T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>  // round to nearest, ties to even; NaN stays NaN
+inline bfloat16 from_float<bfloat16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>  // round to nearest, ties to even; NaN stays NaN, overflow becomes infinity
+inline float16 from_float<float16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // >= 65520
+  if (magnitude < 0x38800000u) {  // subnormal in half: adding 0.5 rounds at its last place, 2^-24
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
+}  // namespace nbl

@@ -1,0 +1,32 @@
+// Every operator of the namespace `nbl`, on one page. The kernels are registered beside their
+// launchers in cpu/ and cuda/; what each computes is written in nbl_kernels/reference.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(nbl, m) {
+  // out = residual + W f(x) + b, f the identity or RMSNorm · norm_weight; residual defaults to x
+  m.def(
+      "residual_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
+      "Tensor? norm_weight, float norm_eps) -> Tensor");
+  // out = W RMSNorm(x) + b
+  m.def(
+      "norm_linear(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, float norm_eps) "
+      "-> Tensor");
+  // out = silu(G f) · (U f), f = RMSNorm(x), gate_up_weight = [G; U]
+  m.def("norm_swiglu(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) -> Tensor");
+
+  // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y)
+  m.def(
+      "covariance_update(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
+      "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "
+      "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> ()");
+
+  // Both batched over the first dimension; ridge is NaN where no ridge made the matrix definite.
+  // (weight, u, v, error, ridge): W = C_tf (C_ff + λI)⁻¹, λ = ridge · mean(diag C_ff), of rank
+  // `rank` as u v (0: full, u and v empty); error = energy - tr(2 W C_ft - W C_ff Wᵀ)
+  m.def(
+      "lmmse_solve(Tensor cov_ff, Tensor cov_tf, Tensor energy, float ridge, int rank) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // (K⁻¹ C_bf L⁻ᵀ, ridge), C_bb = K Kᵀ, C_ff = L Lᵀ: its singular values are the canonical
+  // correlations
+  m.def("cca_matrix(Tensor cov_ff, Tensor cov_bf, Tensor cov_bb) -> (Tensor, Tensor)");
+}

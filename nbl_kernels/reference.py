@@ -1,0 +1,135 @@
+"""What every op computes, in plain PyTorch.
+
+These functions are the specification: the tests compare the kernels with them (in float64), the
+benchmarks show the kernels beside them, and devices without a kernel of ours run them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "canonical_correlations_ref",
+    "cca_bound_ref",
+    "covariance_update_ref",
+    "lmmse_solve_ref",
+    "norm_linear_ref",
+    "norm_swiglu_ref",
+    "residual_linear_ref",
+]
+
+
+def _rms_norm(x: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight in float32 (float64 for float64), rounded once to x.dtype."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    xf = x.to(acc)
+    scale = torch.rsqrt(xf.square().mean(-1, keepdim=True) + norm_eps)
+    return (xf * scale * norm_weight.to(acc)).to(x.dtype)
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """features · weightᵀ + bias with float32 products and sums (float64 for float64), not rounded."""
+    acc = torch.promote_types(features.dtype, torch.float32)
+    out = features.to(acc) @ weight.to(acc).T
+    return out if bias is None else out + bias.to(acc)
+
+
+def residual_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """``residual + W f(x) + b``; see :func:`nbl_kernels.residual_linear`."""
+    features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
+    residual = x if residual is None else residual
+    out = _linear(features, weight, bias)
+    return (residual.to(out.dtype) + out).to(x.dtype)
+
+
+def norm_linear_ref(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """``W RMSNorm(x) + b``; see :func:`nbl_kernels.norm_linear`."""
+    return _linear(_rms_norm(x, norm_weight, norm_eps), weight, bias).to(x.dtype)
+
+
+def norm_swiglu_ref(
+    x: Tensor, norm_weight: Tensor, gate_up_weight: Tensor, *, norm_eps: float = 1e-6
+) -> Tensor:
+    """``silu(G f) · (U f)``, f = RMSNorm(x); see :func:`nbl_kernels.norm_swiglu`."""
+    gate_up = _linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight, None)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def covariance_update_ref(
+    features: Tensor, targets: Tensor, block: Tensor | None = None, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The raw sums of one update in float64: count, Σf, Σt, Σffᵀ, Σtfᵀ, Σttᵀ (and Σb, Σbfᵀ, Σbbᵀ)."""
+
+    def rows(t: Tensor) -> Tensor:
+        t = t.reshape(-1, t.shape[-1])
+        return (t if mask is None else t[mask.reshape(-1)]).double()
+
+    f, t = rows(features), rows(targets)
+    sums = {
+        "count": torch.tensor(f.shape[0]),
+        "sum_f": f.sum(0),
+        "sum_t": t.sum(0),
+        "sum_ff": f.T @ f,
+        "sum_tf": t.T @ f,
+        "sum_tt": t.T @ t,
+    }
+    if block is not None:
+        b = rows(block)
+        sums |= {"sum_b": b.sum(0), "sum_bf": b.T @ f, "sum_bb": b.T @ b}
+    return sums
+
+
+def lmmse_solve_ref(
+    cov_ff: Tensor, cov_tf: Tensor, cov_tt: Tensor, *, ridge: float = 1e-4, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """W = C_tf (C_ff + λI)⁻¹, λ = ridge · mean(diag C_ff), by LU instead of Cholesky; and its NMSE.
+
+    With ``rank``, W is replaced by U_r U_rᵀ W, U_r the leading left singular vectors of
+    C_tf (C_ff + λI)^(-1/2): the best rank-r map in the metric of the features.
+    """
+    d = cov_ff.shape[-1]
+    lam = ridge * cov_ff.diagonal(dim1=-2, dim2=-1).mean(-1)
+    a = cov_ff + lam[..., None, None] * torch.eye(d, dtype=cov_ff.dtype, device=cov_ff.device)
+    weight = torch.linalg.solve(a, cov_tf, left=False)
+    if rank is not None:
+        values, vectors = torch.linalg.eigh(a)
+        root = vectors @ (values.rsqrt()[..., None] * vectors.mT)
+        u = torch.linalg.svd(cov_tf @ root, full_matrices=False).U[..., :rank]
+        weight = u @ (u.mT @ weight)
+    explained = 2 * (weight * cov_tf).sum((-2, -1)) - (weight @ cov_ff * weight).sum((-2, -1))
+    total = cov_tt.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return weight, (total - explained) / total
+
+
+def canonical_correlations_ref(cov_ff: Tensor, cov_bf: Tensor, cov_bb: Tensor) -> Tensor:
+    """Singular values of C_bb^(-1/2) C_bf C_ff^(-1/2), descending: eigh and SVD, as in the paper."""
+
+    def inverse_root(c: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(c)
+        return vectors @ (values.clamp_min(values[..., -1:] * 1e-15).rsqrt()[..., None] * vectors.mT)
+
+    return torch.linalg.svdvals(inverse_root(cov_bb) @ cov_bf @ inverse_root(cov_ff))
+
+
+def cca_bound_ref(cov_ff: Tensor, cov_bf: Tensor, cov_bb: Tensor) -> Tensor:
+    """Σᵢ (1 − ρᵢ²) over the dimensions of the block output (ρᵢ = 0 beyond the rank)."""
+    rho = canonical_correlations_ref(cov_ff, cov_bf, cov_bb)
+    return cov_bb.shape[-1] - rho.square().sum(-1)
