@@ -1,0 +1,43 @@
+"""Kernels for linearizing attention: fused skinny linears, streaming covariance, LMMSE solves.
+
+Needs torch only. Every function here is also an operator, ``torch.ops.nbl.*``, with a plain PyTorch
+specification, ``*_ref``. The kernels are in ``csrc/include/nbl``.
+"""
+
+from nbl_kernels import _ops
+from nbl_kernels._build_info import build_info
+from nbl_kernels._version import __version__
+from nbl_kernels.covariance import CovarianceAccumulator, Moments
+from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
+from nbl_kernels.lmmse import Lmmse, canonical_correlations, cca_bound, lmmse_solve
+from nbl_kernels.reference import (
+    canonical_correlations_ref,
+    cca_bound_ref,
+    covariance_update_ref,
+    lmmse_solve_ref,
+    norm_linear_ref,
+    norm_swiglu_ref,
+    residual_linear_ref,
+)
+
+__all__ = [
+    "CovarianceAccumulator",
+    "Lmmse",
+    "Moments",
+    "__version__",
+    "build_info",
+    "canonical_correlations",
+    "canonical_correlations_ref",
+    "cca_bound",
+    "cca_bound_ref",
+    "covariance_update_ref",
+    "lmmse_solve",
+    "lmmse_solve_ref",
+    "norm_linear",
+    "norm_linear_ref",
+    "norm_swiglu",
+    "norm_swiglu_ref",
+    "residual_linear",
+    "residual_linear_ref",
+]
+del _ops

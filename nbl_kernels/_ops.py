@@ -1,0 +1,147 @@
+"""Loads the compiled operators and gives them what C++ does not: shapes for tracing (fake kernels),
+gradients, and plain PyTorch on devices that have no kernel of ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from nbl_kernels import _C  # noqa: F401  registers torch.ops.nbl
+except ImportError as error:
+    raise ImportError(
+        "nbl_kernels is not built for this Python: run `pip install .` (or, for development, "
+        f"`pip install --no-build-isolation -e .`) in its source folder. {error}"
+    ) from error
+
+from nbl_kernels import reference
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+# Fake kernels: output shapes, with the checks that tracing would otherwise postpone.
+
+
+@torch.library.register_fake("nbl::residual_linear")
+def _(x, weight, bias, residual, norm_weight, norm_eps):
+    return _fake_linear("residual_linear", x, weight)
+
+
+@torch.library.register_fake("nbl::norm_linear")
+def _(x, norm_weight, weight, bias, norm_eps):
+    return _fake_linear("norm_linear", x, weight)
+
+
+@torch.library.register_fake("nbl::norm_swiglu")
+def _(x, norm_weight, gate_up_weight, norm_eps):
+    out = _fake_linear("norm_swiglu", x, gate_up_weight)
+    return x.new_empty((*x.shape[:-1], out.shape[-1] // 2))
+
+
+def _fake_linear(op: str, x: Tensor, weight: Tensor) -> Tensor:
+    _check(
+        weight.dim() == 2 and weight.shape[1] == x.shape[-1],
+        f"{op}: the weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}",
+    )
+    _check(
+        weight.dtype == x.dtype, f"{op}: the weight must have x's {x.dtype}, got {weight.dtype}"
+    )
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("nbl::covariance_update")
+def _(features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb):
+    return None
+
+
+@torch.library.register_fake("nbl::lmmse_solve")
+def _(cov_ff, cov_tf, energy, ridge, rank):
+    layers, d_t, d_f = cov_tf.shape
+    return (
+        cov_tf.new_empty((layers, d_t, d_f)),
+        cov_tf.new_empty((layers, d_t, rank)),
+        cov_tf.new_empty((layers, rank, d_f)),
+        cov_tf.new_empty((layers,)),
+        cov_tf.new_empty((layers,)),
+    )
+
+
+@torch.library.register_fake("nbl::cca_matrix")
+def _(cov_ff, cov_bf, cov_bb):
+    return cov_bf.new_empty(cov_bf.shape), cov_bf.new_empty((cov_bf.shape[0],))
+
+
+# Plain PyTorch where there is no kernel of ours. (The solves run on the CPU: see lmmse.py.)
+
+
+def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
+    return reference.residual_linear_ref(
+        x, weight, bias, residual, norm_weight=norm_weight, norm_eps=norm_eps
+    )
+
+
+def _norm_linear(x, norm_weight, weight, bias, norm_eps):
+    return reference.norm_linear_ref(x, norm_weight, weight, bias, norm_eps=norm_eps)
+
+
+def _norm_swiglu(x, norm_weight, gate_up_weight, norm_eps):
+    return reference.norm_swiglu_ref(x, norm_weight, gate_up_weight, norm_eps=norm_eps)
+
+
+def _covariance_update(
+    features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb
+):
+    new = reference.covariance_update_ref(features, targets, block, mask)
+    _check(
+        all(bool(torch.isfinite(s).all()) for s in new.values()),
+        "covariance_update: features, targets and block must be finite; nothing was accumulated",
+    )
+    count += new["count"].to(count.device)
+    names = ("f", "t") if block is None else ("f", "t", "b")
+    sums += torch.cat([new[f"sum_{name}"] for name in names])
+    gram_ff += new["sum_ff"]
+    gram_tf += new["sum_tf"]
+    gram_tt += new["sum_tt"]
+    if block is not None:
+        gram_bf += new["sum_bf"]
+        gram_bb += new["sum_bb"]
+
+
+for _name, _composite in {
+    "residual_linear": _residual_linear,
+    "norm_linear": _norm_linear,
+    "norm_swiglu": _norm_swiglu,
+    "covariance_update": _covariance_update,
+}.items():
+    torch.library.impl(f"nbl::{_name}", "CompositeExplicitAutograd", _composite)
+
+
+# Gradients: those of the references, recomputed. Inference is what the kernels are for; training
+# through them (LoRA, say) must be right, not fast.
+
+
+def _register_gradient(name: str, reference_fn) -> None:
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)))
+        ctx.inputs = [None if isinstance(i, Tensor) else (i,) for i in inputs]
+
+    def backward(ctx, grad):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if i is None else i[0] for i in ctx.inputs]
+        needed = [isinstance(i, Tensor) and n for i, n in zip(inputs, ctx.needs_input_grad)]
+        leaves = [i.detach().requires_grad_() if n else i for i, n in zip(inputs, needed)]
+        with torch.enable_grad():
+            out = reference_fn(*leaves)
+            wanted = [leaf for leaf, n in zip(leaves, needed) if n]
+            grads = iter(torch.autograd.grad(out, wanted, grad))
+        return tuple(next(grads) if n else None for n in needed)
+
+    torch.library.register_autograd(f"nbl::{name}", backward, setup_context=setup_context)
+
+
+_register_gradient("residual_linear", _residual_linear)
+_register_gradient("norm_linear", _norm_linear)
+_register_gradient("norm_swiglu", _norm_swiglu)

@@ -1,0 +1,93 @@
+"""The fused skinny linears: ``out = epilogue(W · prologue(x))``.
+
+CPU kernels: ``csrc/include/nbl/cpu/skinny_linear.h``, launched by ``csrc/cpu/skinny_linear.cpp``.
+Up to 16 rows of x (decode) one kernel reads the weight once; with more rows (prefill) ATen's matrix
+product runs between our normalization and epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def residual_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """``residual + W f(x) + b``: a linearized attention layer, ``o_proj`` or ``down_proj``.
+
+    f is the identity or, when ``norm_weight`` is given, RMSNorm:
+    ``f = x / sqrt(mean(x²) + norm_eps) · norm_weight``, computed in float32 and rounded once to
+    x's dtype.
+
+    Args:
+        x: (…, K), float32, bfloat16 or float16; any strides.
+        weight: (N, K), x's dtype; rows may be strided.
+        bias: (N,) or None.
+        residual: (…, N) or None: then x itself, which needs N == K.
+        norm_weight: (K,) or None.
+        norm_eps: added to the mean square.
+
+    Returns:
+        (…, N) in x's dtype. Products and sums are float32; up to 16 rows the result is rounded
+        once, with more rows also before the residual is added. Nothing is mutated. Differentiable
+        (by recomputation in plain PyTorch).
+
+    Raises:
+        TypeError: x or weight is no tensor.
+        RuntimeError: a shape, dtype or device does not fit; names the argument.
+
+    Equivalent to ``residual + F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
+    Source: NBL (arXiv 2505.21077), section 3: the layer becomes ``x + W f + b``.
+    """
+    _check_tensors("residual_linear", x=x, weight=weight)
+    return torch.ops.nbl.residual_linear(x, weight, bias, residual, norm_weight, norm_eps)
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """``W RMSNorm(x) + b``: a fused QKV projection or the language-model head.
+
+    x (…, K), norm_weight (K,), weight (N, K), bias (N,) or None, all of x's dtype (float32, bfloat16
+    or float16) -> (…, N) in x's dtype, accumulated in float32. The normalized x is rounded once to
+    x's dtype. Nothing is mutated. Errors as :func:`residual_linear`.
+
+    Equivalent to ``F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
+    """
+    _check_tensors("norm_linear", x=x, norm_weight=norm_weight, weight=weight)
+    return torch.ops.nbl.norm_linear(x, norm_weight, weight, bias, norm_eps)
+
+
+def norm_swiglu(
+    x: Tensor, norm_weight: Tensor, gate_up_weight: Tensor, *, norm_eps: float = 1e-6
+) -> Tensor:
+    """``silu(G f) · (U f)``, f = RMSNorm(x): the first half of a Llama MLP.
+
+    x (…, K), norm_weight (K,), gate_up_weight (2F, K) = F rows of G, then F rows of U, all of x's
+    dtype (float32, bfloat16 or float16) -> (…, F) in x's dtype, accumulated in float32. Up to 16
+    rows gate and up are not rounded before they are multiplied. Nothing is mutated. Errors as
+    :func:`residual_linear`.
+
+    Equivalent to ``gate, up = F.linear(F.rms_norm(x, …), gate_up_weight).chunk(2, -1)`` and
+    ``F.silu(gate) * up``.
+    """
+    _check_tensors("norm_swiglu", x=x, norm_weight=norm_weight, gate_up_weight=gate_up_weight)
+    return torch.ops.nbl.norm_swiglu(x, norm_weight, gate_up_weight, norm_eps)
+
+
+def _check_tensors(op: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")

@@ -1,0 +1,34 @@
+"""Neural Block Linearization: attention layers of a pretrained model replaced by linear maps.
+
+    cal = nbl.calibrate(model, batches)
+    nbl.linearize(model, cal, layers=12)
+    model.save_pretrained(folder)
+
+Importing nbl registers its model types with transformers, so that afterwards
+``AutoModelForCausalLM.from_pretrained(folder)`` reads such a checkpoint.
+"""
+
+from __future__ import annotations
+
+from nbl_kernels import __version__
+
+from . import models
+from .calibration import Calibration, calibrate
+from .evaluation import Perplexity, perplexity
+from .linearization import drop, linearize, restore
+from .models import linearized_layers
+from .ranking import LayerScore
+
+__all__ = [
+    "Calibration",
+    "LayerScore",
+    "Perplexity",
+    "__version__",
+    "calibrate",
+    "drop",
+    "linearize",
+    "linearized_layers",
+    "models",
+    "perplexity",
+    "restore",
+]

@@ -1,0 +1,5 @@
+"""`python -m nbl` is the command `nbl`."""
+
+from nbl.cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""Token batches, checked: what calibrate and perplexity read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["Batch", "count_tokens", "read_batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids (B, T) int64; attention_mask (B, T) bool, or None without padding.
+
+    Both on the model's device.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        mask = self.attention_mask
+        return self.input_ids.numel() if mask is None else int(mask.sum())
+
+
+def read_batches(batches: Iterable[Any], model: PreTrainedModel) -> Iterator[Batch]:
+    """Checks each batch as it comes. TypeError, ValueError: naming the batch by its index."""
+    if isinstance(batches, Mapping | str | bytes) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches: expected an iterable of token batches, got {type(batches).__name__}"
+        )
+    vocab_size = model.config.vocab_size
+    device = model.get_input_embeddings().weight.device
+    number = -1
+    for number, item in enumerate(batches):
+        yield _checked(item, f"batch {number}", vocab_size, device)
+    if number < 0:
+        raise ValueError(
+            "batches: empty, no token to read (or an iterator that was used up before)"
+        )
+
+
+def count_tokens(batches: Any) -> int | None:
+    """How many tokens a list of batches holds; None where that is not known beforehand."""
+    if not isinstance(batches, list | tuple):
+        return None
+    total = 0
+    for batch in batches:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if not isinstance(ids, Tensor):
+            return None  # a bad batch: it is reported by its number when it is read
+        total += int(mask.sum()) if isinstance(mask, Tensor) else ids.numel()
+    return total
+
+
+def _checked(item: Any, name: str, vocab_size: int, device: torch.device) -> Batch:
+    mask = None
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise ValueError(f"{name}: expected the key 'input_ids', got {sorted(item)}")
+        mask, item = item.get("attention_mask"), item["input_ids"]
+    if not isinstance(item, Tensor):
+        raise TypeError(
+            f"{name}: expected a LongTensor (B, T) or a dict, got {type(item).__name__}"
+        )
+    if item.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected token ids of dtype int64, got {item.dtype}")
+    if item.ndim != 2 or item.numel() == 0:
+        raise ValueError(
+            f"{name}: expected a non-empty (B, T) tensor, got shape {tuple(item.shape)}"
+        )
+    low, high = map(int, item.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{name}: token ids {low} to {high}; the vocabulary is 0 to {vocab_size - 1}"
+        )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != item.shape:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{name}: attention_mask: expected shape {tuple(item.shape)}, got {got}"
+            )
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{name}: attention_mask: expected only 0 and 1")
+        mask = mask.bool()
+        mask = None if bool(mask.all()) else mask.to(device)
+    return Batch(item.to(device, torch.int64), mask)

@@ -1,0 +1,83 @@
+"""Perplexity of a causal language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .batches import read_batches
+
+__all__ = ["Perplexity", "perplexity"]
+
+# Logits are made for so many of them at a time (float32: 128 MiB), whatever the vocabulary.
+_LOGITS_AT_ONCE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value: exp(nll); tokens: how many were predicted; nll: mean per token, in nats."""
+
+    value: float
+    tokens: int
+    nll: float
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
+    """exp of the mean of -log p(token | the tokens before it in its sequence).
+
+    A sequence's first token is not predicted, padding is neither predicted nor predicted from.
+    Logits are computed in the model's dtype, log-softmax in float32, sums in float64.
+
+    Args:
+        model: a transformers causal LM; used in eval mode and given back in the mode it was in.
+        batches: LongTensors (B, T), or dicts with input_ids and attention_mask (B, T).
+
+    Raises:
+        ValueError, TypeError: a bad batch, by its index; no token to predict.
+    """
+    head = model.get_output_embeddings()
+    total = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    with eval_mode(model):
+        for batch in read_batches(batches, model):
+            ids = batch.input_ids
+            hidden = model.base_model(
+                input_ids=ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state[:, :-1]
+            labels = ids[:, 1:]
+            if batch.attention_mask is not None:
+                real = batch.attention_mask.bool()
+                real = real[:, 1:] & real[:, :-1]
+                hidden, labels = hidden[real], labels[real]
+            hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
+            rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+            for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
+                logits = head(h.to(head.weight.device)).float()
+                nll = F.cross_entropy(logits, label.to(logits.device), reduction="none")
+                total += nll.double().sum().cpu()
+            tokens += labels.numel()
+    if tokens == 0:
+        raise ValueError("batches: no token to predict; a sequence needs two tokens")
+    nll = total.item() / tokens
+    return Perplexity(value=math.exp(nll) if nll < 700 else math.inf, tokens=tokens, nll=nll)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards each in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,280 @@
+"""linearize, drop and restore: attention layers of a model exchanged for linear maps, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+import nbl_kernels as nk
+
+from .models import (
+    LayerSpec,
+    LinearizedDecoderLayer,
+    become_nbl,
+    config_entry,
+    family_of,
+    layer_specs,
+    linearized_layers,
+    model_type_of,
+)
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
+
+__all__ = ["drop", "linearize", "restore"]
+
+# Where a model keeps the layers that were replaced: a plain dict, so that they are in no state_dict
+# and follow no .to().
+_ORIGINALS = "_nbl_original_layers"
+
+
+def linearize(
+    model: PreTrainedModel,
+    cal: Calibration,
+    layers: int | Iterable[int],
+    *,
+    criterion: str = "residual",
+    ridge: float = 1e-4,
+    bias: bool = True,
+    rank: int | None = None,
+    batches: Iterable[Any] | None = None,
+    maps: Mapping[int, nk.Lmmse] | None = None,
+) -> PreTrainedModel:
+    """Replaces attention layers by their best linear maps, in place: h = x + W f(x) + b.
+
+    W = C_yf C_ff⁻¹ and b = E[y] - W E[f] (Prop. 3.1 of arXiv 2505.21077) come from `cal`, solved in
+    float64 and rounded once to the model's dtype. The replaced layers lose their KV cache. The
+    model takes its NBL class, so ``model.save_pretrained(folder)`` writes a checkpoint that
+    ``AutoModelForCausalLM.from_pretrained(folder)`` reads once nbl is imported.
+
+    Args:
+        model: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM, or one
+            that is linearized in part already. Mutated; the replaced layers are kept aside for
+            :func:`restore`.
+        cal: what :func:`nbl.calibrate` measured on this model.
+        layers: how many of the attention layers left, taken in the order of
+            ``cal.rank(criterion)``; or their ids. An id that is linearized already gets a new map.
+        criterion: see :meth:`nbl.Calibration.rank`; used when `layers` is a number.
+        ridge, bias, rank: see :meth:`nbl.Calibration.solve`.
+        batches: token batches, for criterion "loss".
+        maps: {layer: nk.Lmmse} that ``cal.solve`` gave with the same bias and rank, to solve
+        nothing.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: an unsupported model, a calibration of another model, layers out of range, twice
+            or not calibrated, a layer whose moments have no finite solution. The model is
+            untouched.
+    """
+    family_of(model)
+    check_one_device(model)
+    check_dtype(model)
+    check_calibration(model, cal)
+    spec = LayerSpec("linear", cal.features, bias, rank)
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        kept = set(range(model.config.num_hidden_layers)) - set(linearized_layers(model))
+        eligible = kept & set(cal.layers)
+        if not 0 <= layers <= len(eligible):
+            raise ValueError(
+                f"layers: expected a number from 0 to {len(eligible)} (calibrated layers that "
+                f"still have attention), got {layers}"
+            )
+        options = {"ridge": ridge, "bias": bias, "rank": rank}
+        order = cal.rank(criterion, model=model, batches=batches, **options) if layers else []
+        layers = [score.layer for score in order if score.layer in eligible][:layers]
+    layers = check_layers(model, layers)
+    missing = [i for i in layers if i not in cal.layers]
+    if missing:
+        raise ValueError(f"layers {missing} are not in the calibration, which has {cal.layers}")
+    if maps is None:
+        maps = cal.solve(ridge=ridge, bias=bias, rank=rank, layers=layers)
+    replacements = {}
+    for i in layers:
+        if i not in maps:
+            raise ValueError(f"maps has no map for layer {i}")
+        replacements[i] = linear_layer(_template(model, i, spec), spec, maps[i], i)
+    _replace(model, replacements)
+    return model
+
+
+def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+    """Removes the attention of these layers, in place: h = x, with no map and no KV cache.
+
+    The baseline that linear maps are compared with. `layers`: ids; a linearized layer loses its
+    map.
+    Undone by :func:`restore`. Returns model. ValueError as :func:`linearize`, the model untouched.
+    """
+    family_of(model)
+    check_one_device(model)
+    spec = LayerSpec("drop")
+    layers = check_layers(model, layers)
+    _replace(model, {i: LinearizedDecoderLayer(_template(model, i, spec), spec) for i in layers})
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes every :func:`linearize` and :func:`drop`, in place.
+
+    The model gets its own decoder layers, class and configuration back: the same objects, so its
+    logits are bit-identical to what they were. They follow the model to another device or dtype, if
+    it was moved meanwhile. A model that was never linearized is left as it is. Returns model.
+
+    Raises:
+        ValueError: linearized layers that came with a checkpoint have no original to return to; the
+            model is untouched.
+    """
+    family = family_of(model)
+    if type(model) is family.causal_lm:
+        return model
+    originals = vars(model).get(_ORIGINALS, {})
+    lost = [i for i in linearized_layers(model) if i not in originals]
+    if lost:
+        raise ValueError(
+            f"layers {lost} were loaded from a checkpoint as linear maps; their attention is "
+            "not in it: load the original model instead"
+        )
+    layers = model.model.layers
+    for i, original in originals.items():
+        current = layers[i]
+        like = current.post_attention_layernorm.weight
+        original.to(device=like.device, dtype=like.dtype)
+        original.train(current.training)
+        if current.gradient_checkpointing:
+            original._gradient_checkpointing_func = current._gradient_checkpointing_func
+        original.gradient_checkpointing = current.gradient_checkpointing
+        layers[i] = original
+    vars(model).pop(_ORIGINALS, None)
+    model.__class__ = family.causal_lm
+    model.model.__class__ = family.model
+    del model.config.nbl
+    model.config.__class__ = family.config
+    return model
+
+
+# --- shared with ranking and calibration ---------------------------------------------------------
+
+
+def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> list[int]:
+    """Layer ids, sorted; ValueError or TypeError for anything but distinct ids of this model."""
+    total = model.config.num_hidden_layers
+    if isinstance(layers, bool | str | bytes):
+        raise TypeError(f"layers: expected layer ids, got {layers!r}")
+    try:
+        layers = list(layers)
+        if any(isinstance(i, bool) for i in layers):
+            raise TypeError
+        ids = [index(i) for i in layers]
+    except TypeError:
+        raise TypeError(f"layers: expected layer ids, got {layers!r}") from None
+    beyond = [i for i in ids if not 0 <= i < total]
+    if beyond:
+        raise ValueError(f"layers {beyond} are out of range: the model has layers 0 to {total - 1}")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"layers: an id occurs twice in {ids}")
+    return sorted(ids)
+
+
+def check_calibration(model: PreTrainedModel, cal: Calibration) -> None:
+    """ValueError unless the calibration was made on a model of this type and size."""
+    config = model.config
+    ours = (model_type_of(model), config.hidden_size, config.num_hidden_layers)
+    theirs = (cal.model_type, cal.hidden_size, cal.num_hidden_layers)
+    if ours != theirs:
+        raise ValueError(
+            "the calibration is of another model: (model type, hidden size, layers) are "
+            f"{theirs} there and {ours} here"
+        )
+
+
+def check_dtype(model: PreTrainedModel) -> None:
+    """ValueError for a dtype that the kernels do not take."""
+    dtype = model.model.norm.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"expected a model in float32, bfloat16 or float16, got {dtype}")
+
+
+def check_one_device(model: PreTrainedModel) -> None:
+    """ValueError for a model that accelerate spreads over devices: its hooks sit on the layers."""
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(places) > 1:
+        raise ValueError(
+            f"the model is spread over {sorted(places)}: linearize it on one device, save it, "
+            "and load the checkpoint with a device_map"
+        )
+
+
+def linear_layer(
+    layer: torch.nn.Module, spec: LayerSpec, solved: nk.Lmmse, layer_id: int
+) -> LinearizedDecoderLayer:
+    """The replacement of one decoder layer, its map checked and set."""
+    linear = LinearizedDecoderLayer(layer, spec)
+    if spec.bias != (solved.bias is not None):
+        raise ValueError(f"maps[{layer_id}]: bias={spec.bias} was asked for, the map differs")
+    if spec.rank is not None and solved.factors is None:
+        raise ValueError(
+            f"maps[{layer_id}]: rank={spec.rank} was asked for, the map has no factors"
+        )
+    tensors = (solved.weight,) if spec.rank is None else tuple(solved.factors)
+    tensors += (solved.bias,) if spec.bias else ()
+    own = [p for name, p in linear.named_parameters() if name.startswith("linear")]
+    if sorted(t.shape for t in tensors) != sorted(p.shape for p in own):
+        raise ValueError(
+            f"maps[{layer_id}]: expected shapes {[tuple(p.shape) for p in own]}, "
+            f"got {[tuple(t.shape) for t in tensors]}"
+        )
+    linear.set_map(solved.weight, solved.bias, solved.factors)
+    if not all(torch.isfinite(p).all() for p in own):
+        raise ValueError(f"layer {layer_id}: the map is not finite in {own[0].dtype}")
+    return linear
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, layer_id: int, layer: torch.nn.Module) -> Iterator[None]:
+    """One decoder layer exchanged for the length of the block, nothing else changed: for measuring
+    without a cache."""
+    layers = model.model.layers
+    original = layers[layer_id]
+    layers[layer_id] = layer
+    try:
+        yield
+    finally:
+        layers[layer_id] = original
+
+
+def _template(model: PreTrainedModel, layer_id: int, spec: LayerSpec) -> torch.nn.Module:
+    """What to build a replacement from: the original (it has all norms), if there."""
+    current = model.model.layers[layer_id]
+    layer = vars(model).get(_ORIGINALS, {}).get(layer_id, current)
+    if (
+        spec.kind == "linear"
+        and spec.features == "post-norm"
+        and not hasattr(layer, "input_layernorm")
+    ):
+        raise ValueError(
+            f"layer {layer_id} was loaded from a checkpoint without an input norm; it cannot "
+            "get a map of post-norm features"
+        )
+    return layer
+
+
+def _replace(model: PreTrainedModel, replacements: Mapping[int, LinearizedDecoderLayer]) -> None:
+    """Cannot fail half way: everything was built and checked before."""
+    if not replacements:
+        return
+    become_nbl(model)
+    originals = vars(model).setdefault(_ORIGINALS, {})
+    layers = model.model.layers
+    for i, replacement in replacements.items():
+        if not isinstance(layers[i], LinearizedDecoderLayer):
+            originals[i] = layers[i]
+        replacement.train(layers[i].training)
+        layers[i] = replacement
+    specs = layer_specs(model.config) | {i: layer.spec for i, layer in replacements.items()}
+    model.config.nbl = config_entry(specs)

@@ -1,0 +1,218 @@
+"""What a compressed model costs and how well it does, always beside the dense model and dropping.
+
+`nbl compress --eval`, `--sweep` and `nbl demo` show these measurements; `nbl.report` draws them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+import nbl
+from nbl.ranking import CRITERIA
+
+
+def score_layers(
+    calibration, *, model=None, batches=None, ridge: float = 1e-4, bias: bool = True, rank=None
+) -> dict[str, list[float | None]]:
+    """{criterion: score of layer 0, 1, ...}; "loss" only where a model and batches are given.
+
+    None stands for a layer that was not calibrated. `ridge`, `bias`, `rank`: of the maps.
+    """
+    names = CRITERIA if model is not None and batches is not None else CRITERIA[1:]
+    scores = {}
+    for name in names:
+        measured = {"model": model, "batches": batches} if name == "loss" else {}
+        ranked = calibration.rank(name, ridge=ridge, bias=bias, rank=rank, **measured)
+        scores[name] = [None] * (max(s.layer for s in ranked) + 1)
+        for score in ranked:
+            scores[name][score.layer] = float(score.score)
+    return scores
+
+
+def order(scores: Sequence[float | None]) -> list[int]:
+    """Layers, the first to be replaced first; layers without a score are left out."""
+    known = [layer for layer, score in enumerate(scores) if score is not None]
+    return sorted(known, key=lambda layer: scores[layer])
+
+
+def disagreements(scores: dict[str, list], count: int | None = None) -> list[str]:
+    """A sentence for each criterion whose first `count` layers (default: half) are mostly others.
+
+    Compared is with "loss", which measures what the others estimate, or else with "residual".
+    """
+    reference = "loss" if "loss" in scores else "residual"
+    right = order(scores[reference])
+    count = count or max(1, len(right) // 2)
+    notes = []
+    for name in scores:
+        first = order(scores[name])[:count]
+        differ = len(set(first) - set(right[:count]))
+        if differ > count / 4:
+            notes.append(
+                f"{name} and {reference} disagree on {differ} of the first {count} layers: "
+                f"{_ids(first)} by {name}, {_ids(right[:count])} by {reference}")
+    return notes
+
+
+def kv_bytes_per_token(model) -> int:
+    """Bytes of keys and values that the model's own cache holds for one token of one sequence."""
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        cache = model(tokens, use_cache=True).past_key_values
+    held = [tensor for layer in cache.layers
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(t.numel() * t.element_size() for t in held if t is not None) // tokens.shape[1]
+
+
+class Stopwatch(BaseStreamer):
+    """Notes when `generate` starts and when each new token is there; may pass tokens on."""
+
+    def __init__(self, then: Callable[[torch.Tensor], None] | None = None):
+        self.times = [time.perf_counter()]
+        self._then = then
+        self._prompt_seen = False
+
+    def put(self, value):
+        if not self._prompt_seen:  # generate hands over the prompt first
+            self._prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        if self._then is not None:
+            self._then(value)
+
+    def end(self):
+        pass
+
+    @property
+    def prefill(self) -> float:
+        """Seconds until the first new token."""
+        return self.times[1] - self.times[0]
+
+    @property
+    def decode(self) -> float | None:
+        """Seconds per token after the first one; None when there was only one."""
+        steps = len(self.times) - 2
+        return (self.times[-1] - self.times[1]) / steps if steps > 0 else None
+
+
+def compare_speed(
+    model,
+    variants: Sequence[Callable],
+    prompt: torch.Tensor,
+    *,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+) -> list[dict[str, float]]:
+    """Tokens per second of prefill and decode for each variant: {"prefill", "decode"}.
+
+    `prompt` is (1, T). A variant is a function that returns a context in which the model is that
+    variant. Variants take turns, so that a machine that slows down slows all of them; one round
+    warms up, and the medians of `repetitions` more are returned.
+    """
+    seen = [([], []) for _ in variants]
+    prompt = prompt.to(model.device)
+    for repetition in range(repetitions + 1):
+        for as_variant, (prefill, decode) in zip(variants, seen, strict=True):
+            with as_variant(), torch.inference_mode():
+                watch = Stopwatch()
+                model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                    max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=watch,
+                    pad_token_id=0)
+            if repetition:
+                prefill.append(prompt.shape[1] / watch.prefill)
+                decode.append(1 / watch.decode)
+    return [{"prefill": statistics.median(prefill), "decode": statistics.median(decode)}
+            for prefill, decode in seen]
+
+
+def measure_points(
+    model,
+    calibration,
+    choices: Sequence[Sequence[int]],
+    cosine_order: Sequence[int],
+    *,
+    batches=None,
+    options: dict | None = None,
+    drop: bool = False,
+    watch: Callable = lambda batches, what: batches,
+) -> list[dict]:
+    """One row for the dense model and one for each choice of layers: what nbl.report calls points.
+
+    KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions.
+    With `batches`, the perplexity of NBL, of dropping as many layers in `cosine_order`, and of
+    dropping the same layers. `options` go to `nbl.linearize`; `watch` may wrap the batches of each
+    pass, to show progress.
+    """
+    after_drop: dict[frozenset, float] = {}
+
+    def perplexity(name):
+        return nbl.perplexity(model, watch(batches, f"perplexity, {name}")).value
+
+    def perplexity_dropped(layers, name):
+        key = frozenset(layers)
+        if key not in after_drop:
+            with dropped(model, layers):
+                after_drop[key] = perplexity(name)
+        return {"layers": list(layers), "perplexity": after_drop[key]}
+
+    points = []
+    for layers in [[], *map(list, choices)]:
+        m = len(layers)
+        point = {"layers": layers}
+        with variant(model, calibration, layers, options, drop=drop):
+            point["kv_bytes_per_token"] = kv_bytes_per_token(model)
+        if batches is not None:
+            with variant(model, calibration, layers, options):
+                point["perplexity"] = perplexity(f"NBL-{m}" if m else "dense")
+            if m:
+                point["drop"] = perplexity_dropped(cosine_order[:m], f"drop-{m} by cosine")
+                point["drop_same"] = perplexity_dropped(layers, f"drop-{m}, same layers")
+        points.append(point)
+    return points
+
+
+@contextmanager
+def variant(
+    model, calibration, layers: Sequence[int], options: dict | None = None, *, drop: bool = False
+) -> Iterator[None]:
+    """A context in which these layers are linear maps (`options` as of `nbl.linearize`), or, with
+    `drop`, have no attention."""
+    if not layers:
+        yield
+        return
+    if drop:
+        nbl.drop(model, layers)
+    else:
+        nbl.linearize(model, calibration, layers, **(options or {}))
+    try:
+        yield
+    finally:
+        nbl.restore(model)
+
+
+@contextmanager
+def dropped(model, layers: Sequence[int]) -> Iterator[None]:
+    """A context in which these layers have no attention."""
+    with variant(model, None, layers, drop=True):
+        yield
+
+
+def describe_model(model, name: str) -> dict:
+    """The record's "model"."""
+    config = model.config.get_text_config()
+    return {
+        "name": name,
+        "type": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _ids(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))

@@ -1,0 +1,570 @@
+"""The NBL counterparts of the supported transformers models.
+
+A linearized model is the stock model with some decoder layers replaced by
+:class:`LinearizedDecoderLayer`; everything else, from the embedding to ``generate``, is
+transformers' own code. What a stock model cannot do is taken care of here, once:
+
+* ``config.nbl`` says which layers are linear maps, so that a checkpoint can be rebuilt;
+* a cache keeps nothing for them (:class:`EmptyCacheLayer`), and still answers the questions that
+  transformers asks its first layer;
+* a checkpoint that lacks a map is refused (transformers would fill in random numbers and warn).
+
+``config.layer_types`` is left alone: Qwen looks its masks up by it, and ``generate`` prepares no
+masks for a compiled static cache once it contains a type without attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import nbl_kernels as nk
+
+__all__ = [
+    "FAMILIES",
+    "EmptyCacheLayer",
+    "Family",
+    "LayerSpec",
+    "LinearizedDecoderLayer",
+    "NblLlamaConfig",
+    "NblLlamaForCausalLM",
+    "NblLlamaModel",
+    "NblMistralConfig",
+    "NblMistralForCausalLM",
+    "NblMistralModel",
+    "NblQwen2Config",
+    "NblQwen2ForCausalLM",
+    "NblQwen2Model",
+    "NblQwen3Config",
+    "NblQwen3ForCausalLM",
+    "NblQwen3Model",
+    "family_of",
+    "linearized_layers",
+]
+
+_FORMAT_VERSION = 1
+
+
+# --- what config.nbl says ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What stands in the place of one attention.
+
+    kind: ``"linear"``, the map ``y = W f + b``, or ``"drop"``, nothing (``y = 0``); with ``"drop"``
+    the other fields are at their defaults.
+    features: ``"post-norm"``, f = RMSNorm(x) with the layer's own weight, or ``"pre-norm"``, f = x.
+    rank: None for a full ``W`` (d, d), else W = U V is stored as U (d, rank) and V (rank, d).
+    """
+
+    kind: Literal["linear", "drop"]
+    features: Literal["pre-norm", "post-norm"] = "post-norm"
+    bias: bool = False
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "drop"):
+            raise ValueError(f"kind must be 'linear' or 'drop', got {self.kind!r}")
+        if self.features not in ("pre-norm", "post-norm"):
+            raise ValueError(f"features must be 'pre-norm' or 'post-norm', got {self.features!r}")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias must be a bool, got {self.bias!r}")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise ValueError(f"rank must be None or a positive int, got {self.rank!r}")
+
+
+def layer_specs(config: PreTrainedConfig) -> dict[int, LayerSpec]:
+    """{layer: LayerSpec} of the linearized layers, in order; {} for a stock config."""
+    layers = (getattr(config, "nbl", None) or {}).get("layers", {})
+    return {i: LayerSpec(**layers[str(i)]) for i in sorted(map(int, layers))}
+
+
+def config_entry(specs: Mapping[int, LayerSpec]) -> dict[str, Any]:
+    """``config.nbl`` for these layers (JSON: the keys are strings)."""
+    layers = {str(i): asdict(specs[i]) for i in sorted(specs)}
+    return {"format_version": _FORMAT_VERSION, "layers": layers}
+
+
+def linearized_layers(model: PreTrainedModel | PreTrainedConfig) -> list[int]:
+    """Ids of the layers of a model (or of a config) that have no attention any more, ascending."""
+    return list(layer_specs(model if isinstance(model, PreTrainedConfig) else model.config))
+
+
+class NblConfigMixin:
+    """A stock configuration with ``nbl``, checked when a checkpoint is read."""
+
+    def __post_init__(self, nbl: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.nbl = config_entry({}) if nbl is None else nbl
+        if not isinstance(self.nbl, dict) or self.nbl.get("format_version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"config.nbl: expected a dict with format_version {_FORMAT_VERSION}, "
+                f"got {self.nbl!r}; written by another version of nbl?"
+            )
+        try:
+            specs = layer_specs(self)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"config.nbl['layers']: {error}") from error
+        beyond = [i for i in specs if not 0 <= i < self.num_hidden_layers]
+        if beyond:
+            raise ValueError(
+                f"config.nbl names layers {beyond}, the model has {self.num_hidden_layers} layers"
+            )
+
+
+# --- the layer -----------------------------------------------------------------------------------
+
+
+class LinearizedDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer whose attention is linear: h = x + W f(x) + b, then h + MLP(RMSNorm(h)).
+
+    Made from a stock decoder layer, with which it shares the modules that stay (``mlp``,
+    ``post_attention_layernorm`` and, for post-norm features, ``input_layernorm``) and the hooks.
+    The map is ``linear`` (d, d) or, of reduced rank, ``linear_v`` (rank, d) followed by
+    ``linear_u`` (d, rank); a dropped attention has neither. In the weights' dtype, accumulated in
+    float32.
+    """
+
+    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+        super().__init__()
+        norm = layer.post_attention_layernorm.weight
+        size = norm.shape[0]
+        self.spec = spec
+        if spec.kind == "linear":
+            if spec.features == "post-norm":
+                self.input_layernorm = layer.input_layernorm
+            if spec.rank is None:
+                self.linear = _zero_linear(size, size, spec.bias, norm)
+            else:
+                self.linear_v = _zero_linear(size, spec.rank, False, norm)
+                self.linear_u = _zero_linear(spec.rank, size, spec.bias, norm)
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.mlp = layer.mlp
+        self.training = layer.training
+        if layer.gradient_checkpointing:
+            self.gradient_checkpointing = True
+            self._gradient_checkpointing_func = layer._gradient_checkpointing_func
+        # A hook on a decoder layer, transformers' own for output_hidden_states among them, means
+        # the layer at this depth, whatever computes it: one set of hooks for both.
+        for name in vars(layer):
+            if "hooks" in name:
+                setattr(self, name, getattr(layer, name))
+
+    @torch.no_grad()
+    def set_map(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Copies a map in, rounded once to the layer's dtype.
+
+        weight (d, d), bias (d,); with a rank, factors U (d, rank), V (rank, d) take the place of
+        the weight.
+        """
+        if self.spec.rank is None:
+            last = self.linear
+            last.weight.copy_(weight)
+        else:
+            last = self.linear_u
+            last.weight.copy_(factors[0])
+            self.linear_v.weight.copy_(factors[1])
+        if self.spec.bias:
+            last.bias.copy_(bias)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states (B, T, d) -> (B, T, d); other arguments concern attention only."""
+        hidden_states = self._attention(hidden_states)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "drop":
+            return x
+        norm = {}
+        if self.spec.features == "post-norm":
+            norm_eps = self.input_layernorm.variance_epsilon
+            norm = {"norm_weight": self.input_layernorm.weight, "norm_eps": norm_eps}
+        if self.spec.rank is None:
+            return nk.residual_linear(x, self.linear.weight, self.linear.bias, **norm)
+        v = self.linear_v.weight
+        g = nk.norm_linear(x, weight=v, **norm) if norm else F.linear(x, v)
+        return nk.residual_linear(g, self.linear_u.weight, self.linear_u.bias, residual=x)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in asdict(self.spec).items())
+
+
+def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) -> nn.Linear:
+    """All zeros until the map is set or loaded; no random numbers are drawn."""
+    where = {"device": like.device, "dtype": like.dtype}
+    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, **where)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+class EmptyCacheLayer(CacheLayerMixin):
+    """The cache entry of a layer without attention: no keys, no values.
+
+    transformers asks entry 0 how many tokens are cached and how large the masks are; an empty entry
+    answers for the first entry that does hold keys. Where every layer is linearized there is none,
+    and it counts the tokens itself.
+    """
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, entries: list[Any], index: int, count: int = 0) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.entries = entries
+        self.index = index
+        self.count = count
+
+    @property
+    def source(self) -> CacheLayerMixin | None:
+        """The first entry with keys."""
+        return next((e for e in self.entries if not isinstance(e, EmptyCacheLayer)), None)
+
+    @property
+    def is_sliding(self) -> bool:
+        return getattr(self.source, "is_sliding", False)
+
+    @property
+    def is_compileable(self) -> bool:
+        return getattr(self.source, "is_compileable", False)
+
+    def get_seq_length(self) -> int:
+        source = self.source
+        return self.count if source is None else source.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        source = self.source
+        return (
+            (self.count + query_length, 0)
+            if source is None
+            else source.get_mask_sizes(query_length)
+        )
+
+    def get_max_length(self) -> int:
+        source = self.source
+        return -1 if source is None else source.get_max_length()
+
+    def prefetch(self) -> None:
+        """An offloading cache fetches the entry after the one in use: the next with keys."""
+        order = self.entries[self.index :] + self.entries[: self.index]
+        following = next((e for e in order if not isinstance(e, EmptyCacheLayer)), None)
+        if following is not None:
+            following.prefetch()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:  # transformers 5.17 still takes the length to keep
+            self.count = min(self.count, tokens_to_remove)
+        else:
+            self.count = max(self.count + tokens_to_remove, 0)
+
+    def reset(self) -> None:
+        self.count = 0
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            f"this cache was used by a model in which layer {self.index} is linearized; it holds "
+            "no keys for a model in which that layer has attention"
+        )
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None: ...
+    def offload(self) -> None: ...
+    def reorder_cache(self, beam_idx: Tensor) -> None: ...
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+    def batch_select_indices(self, indices: Tensor) -> None: ...
+
+
+def empty_linearized_entries(cache: Cache, config: PreTrainedConfig) -> None:
+    """Puts an :class:`EmptyCacheLayer` at every linearized layer of a cache, in place.
+
+    A cache that attention layers filled before their linearization loses those keys; the number of
+    tokens stays what it was.
+    """
+    entries = cache.layers
+    # DynamicCache() appends entries when they are first written to: the linearized ones never would
+    # be.
+    while len(entries) < config.num_hidden_layers and cache.layer_class_to_replicate is not None:
+        entries.append(cache.layer_class_to_replicate())
+    for i in linearized_layers(config):
+        entry = entries[i]
+        if not isinstance(entry, EmptyCacheLayer):
+            count = entry.get_seq_length() if isinstance(entry, CacheLayerMixin) else 0
+            entries[i] = EmptyCacheLayer(entries, i, int(count))
+
+
+# --- the models ----------------------------------------------------------------------------------
+
+
+class NblPreTrainedMixin:
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but ValueError when a map is missing from the checkpoint or has another
+        shape than the configuration says."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        maps = {
+            f"{prefix}layers.{i}.{name}"
+            for i in linearized_layers(model)
+            for name, _ in model.base_model.layers[i].named_parameters()
+        }
+        lost = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+        lost = sorted(maps & (lost | set(info["missing_keys"])))
+        if lost:
+            raise ValueError(
+                f"the checkpoint lacks weights of linearized layers, or has them in another shape: "
+                f"{lost}; it is incomplete or was changed after nbl saved it"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class NblModelMixin(NblPreTrainedMixin):
+    """A stock base model; the layers that ``config.nbl`` names are linearized."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        recorded = dict(cls._can_record_outputs)
+        recorded["hidden_states"] = [recorded["hidden_states"], LinearizedDecoderLayer]
+        cls._can_record_outputs = recorded
+        cls._no_split_modules = [*cls._no_split_modules, "LinearizedDecoderLayer"]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.replace_layers()
+
+    def replace_layers(self) -> None:
+        """Makes the stock layers that ``config.nbl`` names linear ones, their maps not yet set."""
+        for i, spec in layer_specs(self.config).items():
+            self.layers[i] = LinearizedDecoderLayer(self.layers[i], spec)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward, with a cache that has nothing for the linearized layers."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not (
+                self.gradient_checkpointing and self.training
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        cached = isinstance(past_key_values, Cache)
+        if cached:
+            empty_linearized_entries(past_key_values, self.config)
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if cached:
+            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            for entry in past_key_values.layers:
+                if isinstance(entry, EmptyCacheLayer):
+                    entry.count += length
+        return outputs
+
+
+class NblForCausalLMMixin(NblPreTrainedMixin):
+    """A stock causal LM around an NBL base model."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._no_split_modules = [*cls._no_split_modules, "LinearizedDecoderLayer"]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        become_nbl(self)
+        self.model.replace_layers()
+
+
+class NblLlamaConfig(NblConfigMixin, LlamaConfig):
+    model_type = "nbl_llama"
+
+
+class NblLlamaModel(NblModelMixin, LlamaModel):
+    config_class = NblLlamaConfig
+
+
+class NblLlamaForCausalLM(NblForCausalLMMixin, LlamaForCausalLM):
+    config_class = NblLlamaConfig
+
+
+class NblMistralConfig(NblConfigMixin, MistralConfig):
+    model_type = "nbl_mistral"
+
+
+class NblMistralModel(NblModelMixin, MistralModel):
+    config_class = NblMistralConfig
+
+
+class NblMistralForCausalLM(NblForCausalLMMixin, MistralForCausalLM):
+    config_class = NblMistralConfig
+
+
+class NblQwen2Config(NblConfigMixin, Qwen2Config):
+    model_type = "nbl_qwen2"
+
+
+class NblQwen2Model(NblModelMixin, Qwen2Model):
+    config_class = NblQwen2Config
+
+
+class NblQwen2ForCausalLM(NblForCausalLMMixin, Qwen2ForCausalLM):
+    config_class = NblQwen2Config
+
+
+class NblQwen3Config(NblConfigMixin, Qwen3Config):
+    model_type = "nbl_qwen3"
+
+
+class NblQwen3Model(NblModelMixin, Qwen3Model):
+    config_class = NblQwen3Config
+
+
+class NblQwen3ForCausalLM(NblForCausalLMMixin, Qwen3ForCausalLM):
+    config_class = NblQwen3Config
+
+
+# --- the registry --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """One supported architecture: its stock classes and their NBL counterparts."""
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+    nbl_config: type[PreTrainedConfig]
+    nbl_model: type[PreTrainedModel]
+    nbl_causal_lm: type[PreTrainedModel]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        LlamaConfig,
+        LlamaModel,
+        LlamaForCausalLM,
+        NblLlamaConfig,
+        NblLlamaModel,
+        NblLlamaForCausalLM,
+    ),
+    "mistral": Family(
+        MistralConfig,
+        MistralModel,
+        MistralForCausalLM,
+        NblMistralConfig,
+        NblMistralModel,
+        NblMistralForCausalLM,
+    ),
+    "qwen2": Family(
+        Qwen2Config,
+        Qwen2Model,
+        Qwen2ForCausalLM,
+        NblQwen2Config,
+        NblQwen2Model,
+        NblQwen2ForCausalLM,
+    ),
+    "qwen3": Family(
+        Qwen3Config,
+        Qwen3Model,
+        Qwen3ForCausalLM,
+        NblQwen3Config,
+        NblQwen3Model,
+        NblQwen3ForCausalLM,
+    ),
+}
+
+for _family in FAMILIES.values():
+    AutoConfig.register(_family.nbl_config.model_type, _family.nbl_config)
+    AutoModel.register(_family.nbl_config, _family.nbl_model)
+    AutoModelForCausalLM.register(_family.nbl_config, _family.nbl_causal_lm)
+
+
+def model_type_of(model: PreTrainedModel) -> str:
+    """The stock model type: "llama" for a LlamaForCausalLM and for an NblLlamaForCausalLM."""
+    return model.config.model_type.removeprefix("nbl_")
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The registry's entry for a causal LM, stock or linearized.
+
+    ValueError, naming the type and the supported ones, for anything else: a subclass or a wrapper
+    is not known to keep its meaning when layers are exchanged.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    family = FAMILIES.get(model_type.removeprefix("nbl_"))
+    if family is None:
+        raise ValueError(f"unsupported model type {model_type!r}; supported: {', '.join(FAMILIES)}")
+    if type(model) not in (family.causal_lm, family.nbl_causal_lm):
+        raise ValueError(
+            f"unsupported model class {type(model).__name__}; "
+            f"expected {family.causal_lm.__name__} or {family.nbl_causal_lm.__name__}"
+        )
+    return family
+
+
+@functools.cache
+def _announce_outputs(family: Family) -> None:
+    """transformers learns what a class records (output_hidden_states) when one is constructed."""
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    with torch.device("meta"):
+        family.nbl_model(family.nbl_config(num_hidden_layers=0, num_key_value_heads=1, **tiny))
+
+
+def become_nbl(model: PreTrainedModel) -> None:
+    """A stock causal LM, its base model and its config take their NBL classes, in place; no layer
+    changes. The config object stays the same: the attention modules hold it too."""
+    family = family_of(model)
+    _announce_outputs(family)
+    model.config.__class__ = family.nbl_config
+    if getattr(model.config, "nbl", None) is None:
+        model.config.nbl = config_entry({})
+    model.__class__ = family.nbl_causal_lm
+    model.model.__class__ = family.nbl_model

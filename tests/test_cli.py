@@ -1,0 +1,418 @@
+"""The command `nbl`: every command's help, JSON and exit codes; hostile input; whole outputs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from nbl import cli, demo, measure
+from nbl.output import new_folder, write_file, write_record
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from typer.testing import CliRunner
+
+COMMANDS = ("calibrate", "rank", "compress", "eval", "generate", "report", "demo", "doctor")
+TEXT = "".join(f"def f{i}(x):\n    return {i} * x + {i * i % 97}\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a random Llama of 4 layers and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A folder of twelve texts."""
+    folder = tmp_path_factory.mktemp("book")
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(TEXT[i * 900: (i + 1) * 900])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny, book, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated") / "cal"
+    assert nbl("calibrate", tiny, "--text", book, "-o", folder).exit_code == 0
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No test reaches the hub, or writes to the folder it was started from."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("NBL_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def nbl(*args, **kwargs):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args], **kwargs)
+
+
+def result_of(*args, **kwargs):
+    """The JSON result of a command that succeeds; nothing but it is on stdout."""
+    done = nbl(*args, "--json", **kwargs)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refusal_of(*args, code=2, **kwargs):
+    """The one line that a command which fails writes."""
+    done = nbl(*args, **kwargs)
+    assert done.exit_code == code, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def process(*args, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                   "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "nbl", *map(str, args)], env=environment | kwargs.pop("env", {}),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+# ---- help, JSON, results -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    done = nbl(command, "--help")
+    assert done.exit_code == 0
+    assert re.search(rf"Examples?: nbl {command}", done.stdout)
+    assert "--json" in done.stdout
+
+
+def test_help_lists_the_commands():
+    done = nbl("--help")
+    assert done.exit_code == 0
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_calibrate_and_rank(tiny, book, tmp_path):
+    found = result_of("calibrate", tiny, "--text", book, "-o", "cal", "--length", 64,
+                      "--max-tokens", 2000, "--features", "pre-norm")
+    assert found["calibration"] == {
+        "text": [book], "tokens": 2000 // 64 * 64, "length": 64, "features": "pre-norm"}
+    assert set(found["scores"]) == {"residual", "cca", "nmse", "cosine"}
+    assert (tmp_path / "cal" / "nbl_report.json").is_file()
+
+    ranked = result_of("rank", "cal")
+    assert ranked["scores"] == found["scores"]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in ranked["order"].values())
+    with_loss = result_of("rank", "cal", "--model", tiny, "--text", book, "--max-tokens", 500)
+    assert set(with_loss["scores"]) == {"loss", *found["scores"]}
+
+
+def test_rank_warns_where_criteria_disagree():
+    scores = {"loss": [1, 2, 3, 4], "residual": [1, 3, 2, 4], "cca": [4, 3, 2, 1]}
+    notes = measure.disagreements(scores)
+    assert len(notes) == 2
+    assert notes[1] == "cca and loss disagree on 2 of the first 2 layers: 2, 3 by cca, 0, 1 by loss"
+    assert measure.disagreements({"residual": [1, 2, None], "cca": [1, 2, None]}) == []
+
+
+def test_compress_evaluates_and_saves(tiny, book, tmp_path):
+    found = result_of("compress", tiny, "--text", book, "--layers", 2, "--sweep", "-o", "out")
+    assert found["choice"]["criterion"] == "loss" and len(found["choice"]["layers"]) == 2
+    assert found["choice"]["features"] == "post-norm" and found["choice"]["bias"] is True
+    assert set(found["choice"]["ridge_used"].values()) == {1e-4}
+    dense, one, two = found["points"]
+    assert dense["layers"] == [] and two["layers"] == found["choice"]["layers"]
+    per_layer = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8, float32
+    assert [p["kv_bytes_per_token"] for p in found["points"]] == [n * per_layer for n in (4, 3, 2)]
+    assert all(p["perplexity"] > 1 and p["prefill"] * p["decode"] > 0 for p in found["points"])
+    assert one["drop"]["perplexity"] > 1 and two["drop_same"]["layers"] == two["layers"]
+    assert found["evaluation"]["text"] == [f"held out of {book}"]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode("def f1")) == "def f1"
+    assert model.config.model_type == "nbl_llama"
+
+    assert "compressed already" in refusal_of(
+        "compress", "out", "--text", book, "--layers", 1, "-o", "out2")
+    evaluated = result_of("eval", "out", "--text", f"{book}/3.txt")
+    assert evaluated["linearized_layers"] == sorted(two["layers"])
+    assert evaluated["kv_bytes_per_token"] == 2 * per_layer
+    written = result_of("generate", "out", "--prompt", "def f", "--max-new-tokens", 8)
+    assert written["new_tokens"] <= 8 and written["prefill_tokens_per_second"] > 0
+
+    pytest.importorskip("matplotlib")
+    files = result_of("report", "out", "--png")["files"]
+    assert sorted(Path(name).name for name in files) == [
+        "error_per_layer.png", "kv_cache.png", "nbl_report.html", "perplexity.png", "speed.png"]
+    again = result_of("compress", tiny, "--layers", "1", "--text", book, "-o", "out", "--overwrite")
+    assert again["choice"]["layers"] and not (tmp_path / "out" / "speed.png").exists()
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--layers", "3,1"], {"layers": [3, 1], "criterion": "the user", "method": "nbl"}),
+    (["--layers", "1,", "--no-bias", "--rank", "4", "--ridge", "0.01"],
+     {"layers": [1], "bias": False, "rank": 4, "ridge": 0.01}),
+    (["--layers", "1", "--drop"], {"method": "drop", "criterion": "cosine"}),
+    (["--layers", "1", "--preset", "paper"], {"features": "pre-norm", "criterion": "cca"}),
+    (["--layers", "1", "--preset", "paper", "--features", "post-norm", "--criterion", "nmse"],
+     {"features": "post-norm", "criterion": "nmse"}),
+])
+def test_compress_options(tiny, book, options, expected):
+    found = result_of("compress", tiny, "--text", book, "-o", "out", *options)
+    assert {key: found["choice"][key] for key in expected} == expected
+    assert len(found["points"]) == 2 and "perplexity" not in found["points"][0]
+    if "paper" in options:
+        assert "expected 524,288 tokens" in found["notes"][-1]
+
+
+def test_compress_from_a_calibration(tiny, book, calibrated):
+    found = result_of("compress", tiny, "--calibration", calibrated, "--layers", 2, "-o", "out")
+    assert found["choice"]["criterion"] == "residual"
+    found = result_of("compress", tiny, "--calibration", calibrated, "--layers", 1, "-o", "out2",
+                      "--text", book, "--eval-text", f"{book}/0.txt")
+    assert found["choice"]["criterion"] == "loss" and found["points"][1]["perplexity"] > 1
+    assert "features: expected post-norm" in refusal_of(
+        "compress", tiny, "--calibration", calibrated, "--layers", 1, "-o", "out3",
+        "--preset", "paper")
+    assert "eval-text: expected" in refusal_of(
+        "compress", tiny, "--calibration", calibrated, "--layers", 1, "-o", "out3", "--eval",
+        "--text", book)
+
+
+def test_several_texts_after_one_option(tiny, book):
+    texts = [f"{book}/{i}.txt" for i in range(3)]
+    spread = result_of("eval", tiny, "--text", *texts, "--length", 64)
+    repeated = result_of("eval", tiny, *(x for text in texts for x in ("--text", text)),
+                         "--length", 64)
+    assert spread["text"] == texts and spread["nll"] == repeated["nll"]
+    assert cli._spread_texts(["eval", "--text", "a", "m"]) == ["eval", "--text", "a", "m"]
+    assert cli._spread_texts(["eval", "m", "--text=a", "b", "--json"]) == [
+        "eval", "m", "--text=a", "--text", "b", "--json"]
+
+
+def test_eval_and_generate_read_stdin(tiny):
+    assert result_of("eval", tiny, "--text", "-", input=TEXT[:500])["tokens"] > 50
+    assert result_of("generate", tiny, "--prompt", "-", "--max-new-tokens", 2, input="def")[
+        "prompt"] == "def"
+
+
+def test_generate_streams_and_repeats_with_a_seed(tiny):
+    sampled = ["generate", tiny, "--prompt", "def f1(", "--max-new-tokens", "12",
+               "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9"]
+    first, same = (result_of(*sampled, "--seed", 1) for _ in range(2))
+    assert first["text"] == same["text"] != result_of(*sampled, "--seed", 2)["text"]
+    done = nbl(*sampled, "--seed", 1)
+    assert done.stdout.strip() == first["text"].strip()
+    assert "tokens/s" in done.stderr
+
+
+def test_demo(tiny, monkeypatch, tmp_path):
+    """With another model in place of the shipped one: the real one takes a minute or two."""
+    def load(dtype):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(tiny)
+
+    monkeypatch.setattr(demo, "load", load)
+    monkeypatch.setattr(demo, "model_dir", lambda: Path(tiny))
+    monkeypatch.setattr(demo, "documents", lambda split: [f"{split} {TEXT[:3000]}"])
+    found = result_of("demo")
+    assert [len(point["layers"]) for point in found["points"]] == [0, 1, 2]
+    assert len(found["choice"]["layers"]) == 2
+    assert set(found["samples"]["continuations"]) == {"dense", "NBL-2"}
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "nbl-demo")
+    assert saved.config.model_type == "nbl_llama"
+    assert "is not empty" in refusal_of("demo")
+    assert nbl("demo", "--overwrite").exit_code == 0
+
+
+def test_doctor(monkeypatch):
+    found = result_of("doctor")
+    assert found["ok"] and found["build"]["cpu_capability"] and found["versions"]["torch"]
+    import nbl_kernels
+
+    monkeypatch.setattr(nbl_kernels, "norm_linear", lambda x, *_: torch.zeros_like(x))
+    done = nbl("doctor", "--json")
+    assert done.exit_code == 1
+    problems = [f for f in json.loads(done.stdout)["findings"] if f["status"] == "problem"]
+    assert problems and all(f["name"].startswith("norm_linear") for f in problems)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args, message", [
+    (["eval", "no/such/model", "--text", "TEXT"], "model: expected .*'no/such/model'"),
+    (["eval", "BOOK", "--text", "TEXT"], "model: expected .*no config.json"),
+    (["eval", "TINY"], "text: expected --text"),
+    (["eval", "TINY", "--text", "nowhere.txt"], "text: expected a file .*'nowhere.txt'"),
+    (["eval", "TINY", "--text", "EMPTY"], "text: .*holds none"),
+    (["eval", "TINY", "--text", "BINARY"], "text: expected UTF-8 .*binary.txt"),
+    (["eval", "TINY", "--text", "TEXT", "--length", "129"], "length: expected at most 128.* 129"),
+    (["eval", "TINY", "--text", "TEXT", "--length", "x"], "--length"),
+    (["eval", "TINY", "--text", "TEXT", "--device", "cuda:99"], "device: .*'cuda:99'"),
+    (["eval", "TINY", "--text", "TEXT", "--device", "abacus"], "device: .*'abacus'"),
+    (["eval", "TINY", "--text", "TEXT", "--dtype", "int3"], "--dtype"),
+    (["generate", "TINY", "--prompt", ""], "prompt: expected"),
+    (["generate", "TINY", "--prompt", "x", "--max-new-tokens", "500"], "max-new-tokens: .* 500"),
+    (["generate", "TINY"], "--prompt"),
+    (["rank", "BOOK"], "calibration"),
+    (["rank", "BOOK", "--text", "TEXT"], "model: expected --model"),
+    (["report", "BOOK"], "dir: expected .*nbl_report.json"),
+    (["calibrate", "TINY", "--text", "TEXT"], "output"),
+    (["nonsense"], "nonsense"),
+    (["eval", "TINY", "--nonsense"], "--nonsense"),
+    (["compress", "TINY", "--text", "TEXT", "-o", "out", "--layers", "1", "--eval"],
+     "two different documents"),
+    *((["compress", "TINY", "--text", "TEXT", "-o", "out", "--layers", layers],
+       f"layers: expected a number from 1 to 4.*{layers}")
+      for layers in ("0", "5", "-1", "x", "1,9", "1,1", ",", "1.5")),
+])
+def test_refusals_name_what_is_wrong(tiny, book, tmp_path, args, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfd")
+    places = {"TINY": tiny, "BOOK": book, "TEXT": f"{book}/1.txt", "EMPTY": "empty.txt",
+              "BINARY": "binary.txt"}
+    assert re.search(message, refusal_of(*(places.get(arg, arg) for arg in args)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
+
+
+def test_an_inner_error_is_one_line_with_another_exit_code(tiny, book, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(cli.nbl, "perplexity", broken)
+    line = refusal_of("eval", tiny, "--text", book, code=1)
+    assert "RuntimeError: two lines (NBL_DEBUG=1" in line
+    monkeypatch.setenv("NBL_DEBUG", "1")
+    assert isinstance(nbl("eval", tiny, "--text", book).exception, RuntimeError)
+
+
+def test_an_existing_target_is_refused_and_kept(tiny, book, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    command = ["calibrate", tiny, "--text", book, "-o", out]
+    assert "is not empty" in refusal_of(*command)
+    assert "did not write 'thesis.tex'" in refusal_of(*command, "--overwrite")
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    (out / "thesis.tex").unlink()
+    assert nbl(*command).exit_code == 0  # an empty folder is taken
+    assert "is not empty" in refusal_of(*command)
+    assert nbl(*command, "--overwrite").exit_code == 0
+    (out / "notes.txt").write_text("mine")
+    assert "did not write 'notes.txt'" in refusal_of(*command, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine" and (out / "nbl_report.json").is_file()
+    assert "is a file" in refusal_of(*command[:-1], out / "notes.txt", "--overwrite")
+    assert "existing folder" in refusal_of(*command[:-1], tmp_path / "no" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_report_keeps_files_of_others(calibrated, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    assert "exists" in refusal_of("report", calibrated, "-o", page)
+    assert page.read_text() == "mine"
+    assert nbl("report", calibrated, "-o", page, "--overwrite").exit_code == 0
+    assert nbl("report", calibrated, "-o", page).exit_code == 0  # its own page is replaced
+
+
+# ---- outputs are whole or absent -----------------------------------------------------------------
+
+
+def test_a_failed_block_leaves_nothing(tmp_path):
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("half")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_swaps_whole_folders(tmp_path):
+    for round_ in ("first", "second"):
+        with new_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / round_).mkdir()
+            (folder / round_ / "data").write_text(round_)
+            write_record(folder, {"score": float("nan"), "path": Path("x")})
+            if round_ == "second":
+                assert (tmp_path / "out" / "first" / "data").read_text() == "first"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["nbl_report.json", "second"]
+    record = json.loads((tmp_path / "out" / "nbl_report.json").read_text())
+    assert record == {
+        "score": None, "path": "x", "files": ["nbl_report.json", "second/data"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "out") as folder:
+        (folder / "mine").write_text("x")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").write_text("y")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "other"]
+
+
+def test_a_file_is_written_whole(tmp_path):
+    write_file(tmp_path / "a", b"nbl report 1")
+    write_file(tmp_path / "a", b"nbl report 2")
+    with pytest.raises(FileNotFoundError, match="existing folder"):
+        write_file(tmp_path / "no" / "a", b"")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"nbl report 2")]
+
+
+# ---- as a process --------------------------------------------------------------------------------
+
+
+def test_json_on_stdout_and_nothing_else(tiny, book):
+    running = process("eval", tiny, "--text", book, "--json", "--threads", 1)
+    stdout, stderr = running.communicate(timeout=120)
+    assert running.returncode == 0, stderr
+    assert json.loads(stdout)["perplexity"] > 1
+    assert "evaluating" in stderr
+
+
+def test_a_refusal_is_one_line_and_nbl_debug_shows_the_traceback():
+    for env, lines in (({}, 1), ({"NBL_DEBUG": "1"}, None)):
+        running = process("report", "nowhere", env=env)
+        stdout, stderr = running.communicate(timeout=120)
+        assert running.returncode != 0 and stdout == ""
+        assert ("Traceback" in stderr) == (lines is None)
+        assert lines is None or len(stderr.strip().splitlines()) == lines
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number, code):
+    (tmp_path / "long.txt").write_text(TEXT * 200)
+    running = process("compress", tiny, "--text", "long.txt", "--layers", 1, "-o", "out",
+                      "--max-tokens", 10**7, "--length", 8, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*.tmp")) and running.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    running.send_signal(number)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
