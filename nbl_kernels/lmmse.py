@@ -84,12 +84,11 @@ def lmmse_solve(
 
     weight, u, v, error, used = _in_groups(batch, solve)
     _check_ridge(used, float(ridge), "cov_ff")
-    variance = torch.stack([m.cov_tt.diagonal().sum().cpu() for m in batch])
-    error = error.clamp_min(0)
-    # No variance: a constant target, predicted exactly (0) or, without a bias, not at all (inf).
-    tiny = torch.finfo(torch.float64).eps * _energy_of_means(batch)
-    ratio = error / variance.clamp_min(torch.finfo(torch.float64).tiny)
-    nmse = torch.where(variance > 0, ratio, torch.where(error > tiny, math.inf, 0.0))
+    # Uncentered moments are divided by count, not count - ddof: so must the variance be.
+    scale = torch.tensor([1.0 if bias else (m.count - m.ddof) / m.count for m in batch])
+    variance = torch.stack([m.cov_tt.diagonal().sum().cpu() for m in batch]) * scale
+    # Constant targets: 0 when predicted exactly, infinity when (without a bias) they are not.
+    nmse = torch.where(error > 0, error / variance, 0.0)
     b = None
     if bias:
         means_f = torch.stack([m.mean_features.cpu() for m in batch])
@@ -166,10 +165,6 @@ def _second_moments(m: Moments, centered: bool) -> tuple[Tensor, Tensor, Tensor]
     ff = m.cov_ff * scale + torch.outer(m.mean_features, m.mean_features)
     tf = m.cov_tf * scale + torch.outer(m.mean_targets, m.mean_features)
     return ff, tf, trace * scale + m.mean_targets.square().sum()
-
-
-def _energy_of_means(batch: list[Moments]) -> Tensor:
-    return torch.stack([m.mean_targets.square().sum().cpu() for m in batch])
 
 
 def _as_batch(moments: Moments | Sequence[Moments]) -> tuple[list[Moments], bool]:

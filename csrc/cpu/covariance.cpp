@@ -42,6 +42,12 @@ void parallel_tasks(int64_t count, const F& task) {
   });
 }
 
+void run_tile(const CpuKernels& isa, const GramChunk& chunk, const GramJob& job, int64_t tile) {
+  static thread_local std::vector<double> sums;
+  sums.resize(isa.tile_row_panels * isa.tile_col_panels * isa.panel * isa.panel);
+  isa.gram_tile(chunk, job, tile, sums.data());
+}
+
 std::vector<int64_t> counted_tokens(int64_t tokens, const std::optional<Tensor>& mask) {
   std::vector<int64_t> rows;
   rows.reserve(tokens);
@@ -156,7 +162,7 @@ std::vector<int64_t> add_chunk(Grams& g, const int64_t* tokens, int64_t count, b
   ones.row_tiles = 1;
   const int64_t tile_cols = isa.tile_col_panels * isa.panel;
   ones.col_tiles = (columns + tile_cols - 1) / tile_cols;
-  parallel_tasks(ones.col_tiles, [&](int64_t tile) { isa.gram_tile(chunk, ones, tile); });
+  parallel_tasks(ones.col_tiles, [&](int64_t tile) { run_tile(isa, chunk, ones, tile); });
   chunk.sums = g.work.sums.data();
 
   int64_t tiles = 0;
@@ -164,7 +170,7 @@ std::vector<int64_t> add_chunk(Grams& g, const int64_t* tokens, int64_t count, b
   parallel_tasks(tiles, [&](int64_t tile) {
     for (const GramJob& job : g.jobs) {
       const int64_t job_tiles = job.row_tiles * job.col_tiles;
-      if (tile < job_tiles) return isa.gram_tile(chunk, job, tile);
+      if (tile < job_tiles) return run_tile(isa, chunk, job, tile);
       tile -= job_tiles;
     }
   });

@@ -10,6 +10,7 @@ namespace {
 
 // Below this much weight a second thread costs more than it brings.
 constexpr int64_t kBytesPerThread = 1 << 15;
+constexpr int64_t kElementsPerThread = 1 << 17;  // the same for a pass over activations
 
 struct LinearArgs {
   const char* op;
@@ -93,7 +94,7 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m) {
 
   // Features in cache-line aligned memory of this thread, kept between calls.
   thread_local std::vector<char> scratch;
-  const int64_t bytes = m * ((p.k + 31) / 32 * 32) * int64_t{sizeof(float)};
+  const int64_t bytes = m * ((p.k + 31) / 32 * 32 + 32) * int64_t{sizeof(float)};
   if (static_cast<int64_t>(scratch.size()) < bytes + 64) scratch.resize(bytes + 64);
   void* features = scratch.data();
   size_t space = scratch.size();
@@ -145,7 +146,7 @@ Tensor run_wide(const LinearArgs& a, int64_t m) {
     const int64_t n = out.size(-1);
     const AddRows p{a.residual->const_data_ptr(), row_stride(*a.residual), out.mutable_data_ptr(),
                     n};
-    torch::stable::parallel_for(0, m, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n)),
+    torch::stable::parallel_for(0, m, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, n)),
                                 [&](int64_t begin, int64_t end) {
                                   kernels.add_rows(p, begin, end);
                                 });

@@ -508,7 +508,7 @@ def demo(
     with new_folder(output, overwrite=overwrite) as folder:
         loaded, tokenizer = _load("demo", "auto", "cpu")
         count = loaded.config.num_hidden_layers
-        plan = _Plan("post-norm", "loss", min(256, _limit(loaded)), None, 98_304)
+        plan = _Plan("post-norm", "loss", None, None, 98_304)
         batches = plan.batches(loaded, tokenizer, load_texts(["demo:calibration"]))
         eval_batches = plan.batches(loaded, tokenizer, load_texts(["demo:test"]), 16_384)
         record = _record("demo", "demo", loaded)
@@ -646,7 +646,8 @@ def _choose_and_measure(
     options = {"bias": bias, "rank": rank, "maps": maps}
     choices = [chosen[:m] for m in range(1, len(chosen) + 1)] if sweep else [chosen]
     record = {"scores": scores, "choice": choice,
-              "notes": measure.disagreements(scores, len(chosen)) if by_number else []}
+              "notes": measure.disagreements(scores, None if sweep else len(chosen))
+              if by_number else []}
     with _progress() as bars:
         passes = 1 + 3 * len(choices)
         record["points"] = measure.measure_points(

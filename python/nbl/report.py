@@ -244,7 +244,7 @@ _PLOTS = {
         _plot_layers,
         "How well a linear map of the layer's input can stand in for its attention. The bound is "
         "the paper's criterion; it does not know how large the attention output is beside the "
-        "residual stream, which the other criteria do.",
+        "residual stream, which loss and residual do.",
     ),
     "Perplexity": (
         _plot_perplexity,

@@ -4,10 +4,10 @@
 //   tokens  ┌────┬────┬────┐
 //   block 0 │    │    │    │  each (block, panel) is packed contiguously; products of two panels
 //           ├────┼────┼────┤  over one block are summed in float32 registers,
-//   block 1 │    │    │    │  and added to the float64 matrix once per block.
+//   block 1 │    │    │    │  and added to float64 sums once per block.
 //           └────┴────┴────┘
 //
-// A tile of the matrix stays in the cache while all blocks of a chunk pass over it. Tiles below the
+// The sums of a tile stay in the cache while all blocks of a chunk pass over it. Tiles below the
 // diagonal of a symmetric matrix are skipped. float32 sums see one block of tokens only, so their
 // rounding errors (about 1e-7 of Σ|x_i x_j|) are independent and average out.
 //
@@ -33,10 +33,10 @@ constexpr int kPanelVecs = 3, kMicroRows = 4;  // 12 of 16
 constexpr int kPanelVecs = 2, kMicroRows = 4;
 #endif
 constexpr int kPanel = kPanelVecs * Vec::kWidth;
-constexpr int64_t kTileRowPanels = 96 / kPanel > 0 ? 96 / kPanel : 1;
+constexpr int64_t kTileRowPanels = 192 / kPanel > 0 ? 192 / kPanel : 1;
 constexpr int64_t kTileColPanels = 2 * kTileRowPanels;
-constexpr int64_t kBlockTokens = 128;
-constexpr int64_t kBlockTokensPairs = 256;
+constexpr int64_t kBlockTokens = 64;
+constexpr int64_t kBlockTokensPairs = 192;
 static_assert(kPanel % kMicroRows == 0, "a micro tile lies within one panel");
 
 // One micro tile of a Gram matrix, in registers.
@@ -85,26 +85,18 @@ struct MicroTile {
 }
 #endif
 
-inline void add_micro_tile(const MicroTile& tile, double* out, int64_t stride, int64_t rows,
-                           int64_t cols) {
-  for (int64_t i = 0; i < std::min<int64_t>(rows, kMicroRows); ++i) {
-    for (int j = 0; j < kPanelVecs; ++j) {
-      const int64_t first = j * Vec::kWidth;
-      double* p = out + i * stride + first;
-      if (first + Vec::kWidth <= cols) {
-        tile.at[i][j].add_to(p);
-      } else if (first < cols) {
-        float values[Vec::kWidth];
-        tile.at[i][j].store(values);
-        for (int64_t u = 0; first + u < cols; ++u) p[u] += values[u];
-      }
-    }
-  }
+// Sums of one tile over the blocks of a chunk: micro tile after micro tile, each contiguous. (Rows of
+// a matrix whose width is a power of two would compete for the same places in the cache.)
+constexpr int64_t kMicroSize = int64_t{kMicroRows} * kPanel;
+
+inline double* micro_sums(double* tile_sums, int64_t row, int64_t col) {
+  constexpr int64_t kMicrosPerPanel = kTileRowPanels * kPanel / kMicroRows;
+  return tile_sums + (col / kPanel * kMicrosPerPanel + row / kMicroRows) * kMicroSize;
 }
 
 template <class Packed>
-void gram_tile_blocks(const GramChunk& chunk, const GramJob& job, int64_t row_begin,
-                      int64_t row_end, int64_t col_begin, int64_t col_end) {
+void multiply_tile(const GramChunk& chunk, const GramJob& job, int64_t row_begin, int64_t row_end,
+                   int64_t col_begin, int64_t col_end, double* tile_sums) {
   const Packed* packed = static_cast<const Packed*>(chunk.packed);
   const int64_t panel_size = chunk.block_tokens * kPanel;
   constexpr int64_t kRowElements = std::is_same_v<Packed, float> ? 1 : 2;
@@ -116,42 +108,51 @@ void gram_tile_blocks(const GramChunk& chunk, const GramJob& job, int64_t row_be
         if (job.upper && row >= col + kPanel) break;  // from here on below the diagonal
         const Packed* rows = panels + (job.row_panel + row / kPanel) * panel_size +
                              row % kPanel * kRowElements;
-        add_micro_tile(multiply_block(rows, cols), job.out + row * job.stride + col, job.stride, job.rows - row,
-                       job.cols - col);
+        const MicroTile tile = multiply_block(rows, cols);
+        double* sums = micro_sums(tile_sums, row - row_begin, col - col_begin);
+        for (int i = 0; i < kMicroRows; ++i)
+          for (int j = 0; j < kPanelVecs; ++j)
+            tile.at[i][j].add_to(sums + i * kPanel + j * Vec::kWidth);
       }
     }
   }
 }
 
-// Undoes the shifts on one tile: out += S_i s_j + s_i (S_j + n s_j).
-inline void recenter_tile(const GramChunk& chunk, const GramJob& job, int64_t row_begin,
-                          int64_t row_end, int64_t col_begin, int64_t col_end) {
-  const double* row_sums = chunk.sums + job.row_panel * kPanel;
-  const float* row_shifts = chunk.shifts + job.row_panel * kPanel;
-  const double* col_sums = chunk.sums + job.col_panel * kPanel;
-  const float* col_shifts = chunk.shifts + job.col_panel * kPanel;
-  for (int64_t i = row_begin; i < row_end; ++i) {
-    const double sum = row_sums[i], shift = row_shifts[i], shifted = sum + chunk.count * shift;
-    double* out = job.out + i * job.stride;
-    for (int64_t j = col_begin; j < col_end; ++j)
-      out[j] += shifted * col_shifts[j] + shift * col_sums[j];
+// out += the tile's sums, and what the shifts took away: S_i s_j + s_i (S_j + n s_j).
+inline void finish_tile(const GramChunk& chunk, const GramJob& job, int64_t row_begin,
+                        int64_t row_end, int64_t col_begin, int64_t col_end, double* tile_sums) {
+  for (int64_t col = col_begin; col < col_end; col += kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, col_end - col);
+    const float* col_shifts = chunk.shifts + job.col_panel * kPanel + col;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const double* sums = micro_sums(tile_sums, row - row_begin, col - col_begin) +
+                           (row - row_begin) % kMicroRows * kPanel;
+      double* out = job.out + row * job.stride + col;
+      for (int64_t j = 0; j < width; ++j) out[j] += sums[j];
+      if (!job.recenter || !chunk.shifted) continue;
+      const double* col_sums = chunk.sums + job.col_panel * kPanel + col;
+      const double shift = chunk.shifts[job.row_panel * kPanel + row];
+      const double sum = chunk.sums[job.row_panel * kPanel + row] + chunk.count * shift;
+      for (int64_t j = 0; j < width; ++j) out[j] += sum * col_shifts[j] + shift * col_sums[j];
+    }
   }
 }
 
-inline void gram_tile(const GramChunk& chunk, const GramJob& job, int64_t tile) {
+// `tile_sums` is scratch memory of this thread for tile_row_panels × tile_col_panels panels².
+inline void gram_tile(const GramChunk& chunk, const GramJob& job, int64_t tile, double* tile_sums) {
   const int64_t row_begin = tile / job.col_tiles * kTileRowPanels * kPanel;
   const int64_t col_begin = tile % job.col_tiles * kTileColPanels * kPanel;
   const int64_t row_end = std::min(row_begin + kTileRowPanels * kPanel, job.rows);
   const int64_t col_end = std::min(col_begin + kTileColPanels * kPanel, job.cols);
   if (job.upper && row_begin >= col_end) return;
+  std::fill_n(tile_sums, kTileRowPanels * kPanel * kTileColPanels * kPanel, 0.0);
 #if defined(NBL_AVX512_BF16)
   if (chunk.pairs)
-    gram_tile_blocks<bfloat16>(chunk, job, row_begin, row_end, col_begin, col_end);
+    multiply_tile<bfloat16>(chunk, job, row_begin, row_end, col_begin, col_end, tile_sums);
   else
 #endif
-    gram_tile_blocks<float>(chunk, job, row_begin, row_end, col_begin, col_end);
-  if (job.recenter && chunk.shifted)
-    recenter_tile(chunk, job, row_begin, row_end, col_begin, col_end);
+    multiply_tile<float>(chunk, job, row_begin, row_end, col_begin, col_end, tile_sums);
+  finish_tile(chunk, job, row_begin, row_end, col_begin, col_end, tile_sums);
 }
 
 template <class T>

@@ -105,7 +105,7 @@ struct TypedKernels {
 struct CpuKernels {
   const char* name;
   TypedKernels float32, bfloat16, float16;
-  void (*gram_tile)(const GramChunk&, const GramJob&, int64_t tile);
+  void (*gram_tile)(const GramChunk&, const GramJob&, int64_t tile, double* tile_sums);
   int64_t panel;             // columns per packed panel
   int64_t tile_row_panels;   // panels per tile of a GramJob
   int64_t tile_col_panels;

@@ -63,7 +63,13 @@ struct Dot<bfloat16> {
 };
 #endif
 
-inline int64_t padded_k(int64_t k) { return (k + 31) / 32 * 32; }
+// Rows of features take an odd number of cache lines: with a power of two, the same column of all
+// rows would compete for the same few places of the first-level cache.
+template <class T>
+int64_t padded_k(int64_t k) {
+  constexpr int64_t kLine = 64 / sizeof(typename Dot<T>::Feature);
+  return ((k + 31) / 32 * 32 / kLine | 1) * kLine;
+}
 
 // One row: x, or x / sqrt(mean(x²) + eps) · γ rounded to T, as type Out. Zeros up to `padded`.
 template <class T, class Out>
@@ -116,7 +122,7 @@ void prepare_row(const T* x, int64_t k, int64_t padded, const T* norm_weight, fl
 template <class T>
 void prepare_features(const SkinnyLinear& p, void* features) {
   using Feature = typename Dot<T>::Feature;
-  const int64_t padded = padded_k(p.k);
+  const int64_t padded = padded_k<T>(p.k);
   for (int64_t i = 0; i < p.m; ++i) {
     prepare_row(static_cast<const T*>(p.x) + i * p.x_stride, p.k, padded,
                 static_cast<const T*>(p.norm_weight), p.norm_eps,
@@ -144,7 +150,7 @@ template <class T, int kM, int kGroups>
     if (next) {
       for (int g = 0; g < kGroups; ++g)
         for (int line = 0; line < kLines; ++line)
-          __builtin_prefetch(next[g] + position + line * (D::kStep * int64_t{sizeof(T)}));
+          __builtin_prefetch(next[g] + position + line * (D::kStep * int64_t{sizeof(T)}), 0, 2);
       position += kLines * D::kStep * int64_t{sizeof(T)};
     }
     for (int i = 0; i < kM; ++i) {
@@ -199,7 +205,7 @@ void linear_columns(const SkinnyLinear& p, const void* prepared, int64_t begin, 
   const auto* features = static_cast<const typename Dot<T>::Feature*>(prepared);
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
-  const int64_t padded = padded_k(p.k);
+  const int64_t padded = padded_k<T>(p.k);
   float sums[kSkinnyRows][kBlockN + kTileRows];
   for (int64_t block = begin; block < end; block += kBlockN) {
     const int64_t count = std::min<int64_t>(kBlockN, end - block);
@@ -233,7 +239,7 @@ void swiglu_columns(const SkinnyLinear& p, const void* prepared, int64_t begin, 
   const auto* features = static_cast<const typename Dot<T>::Feature*>(prepared);
   const T* gate = static_cast<const T*>(p.weight);
   const T* up = gate + p.n * p.weight_stride;
-  const int64_t padded = padded_k(p.k);
+  const int64_t padded = padded_k<T>(p.k);
   float sums[kSkinnyRows][kStride];  // gate, gate, up, up, gate, gate, …
   for (int64_t block = begin; block < end; block += kBlockN) {
     const int64_t count = std::min<int64_t>(kBlockN, end - block);
