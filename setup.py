@@ -22,8 +22,13 @@ def cpu_extension() -> CppExtension:
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No -march: the instruction set is chosen at run time (csrc/cpu/dispatch.cpp).
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
-        + ["-Wno-maybe-uninitialized"],  # GCC 12's own AVX-512 headers
+        extra_compile_args=[
+            "-O3",
+            "-std=c++17",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 headers
+        ],
     )
 
 

@@ -1,16 +1,16 @@
 // What the launchers share: checks whose messages name the argument, dtypes, ATen calls.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include "nbl/dtypes.h"
 
@@ -41,21 +41,31 @@ inline std::string shape(const Tensor& t) {
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
   }
 }
 
 inline DType kernel_dtype(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
     default:
       fail(op, ": ", name, " must be float32, bfloat16 or float16, got ",
            dtype_name(t.scalar_type()));
@@ -78,8 +88,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& t,
   std::ostringstream text;
   i = 0;
   for (int64_t size : expected) text << (i++ ? ", " : "(") << size;
-  fail(op, ": ", name, " must have shape ", text.str(), expected.size() == 1 ? ",)" : ")",
-       ", got ", shape(t));
+  fail(op, ": ", name, " must have shape ", text.str(), expected.size() == 1 ? ",)" : ")", ", got ",
+       shape(t));
 }
 
 // Rows with a contiguous last dimension: any 2-d row stride is kept, all else becomes contiguous.

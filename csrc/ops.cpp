@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "norm_linear(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, float norm_eps) "
       "-> Tensor");
   // out = silu(G f) · (U f), f = RMSNorm(x), gate_up_weight = [G; U]
-  m.def("norm_swiglu(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) -> Tensor");
+  m.def(
+      "norm_swiglu(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) -> Tensor");
 
   // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y)
   m.def(

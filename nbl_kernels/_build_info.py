@@ -14,8 +14,8 @@ def build_info() -> dict[str, object]:
     """Versions, what was compiled, what runs here, and why CUDA kernels do not.
 
     Keys: ``version``, ``python``, ``torch``, ``built_with_torch``, ``compiler``, ``archs`` (CUDA
-    architectures compiled for), ``cpu_capability`` (the instruction set in use), ``cpu_capabilities``
-    (those this processor can run), ``threads``, ``cuda`` (are the CUDA kernels available), and
+    architectures compiled for), ``cpu_capability`` (the instruction set in use),
+    ``cpu_capabilities`` (those this processor can run), ``threads``, ``cuda`` (are the CUDA kernels available), and
     ``cuda_reason``.
     """
     return {

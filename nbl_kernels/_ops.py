@@ -46,9 +46,7 @@ def _fake_linear(op: str, x: Tensor, weight: Tensor) -> Tensor:
         weight.dim() == 2 and weight.shape[1] == x.shape[-1],
         f"{op}: the weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}",
     )
-    _check(
-        weight.dtype == x.dtype, f"{op}: the weight must have x's {x.dtype}, got {weight.dtype}"
-    )
+    _check(weight.dtype == x.dtype, f"{op}: the weight must have x's {x.dtype}, got {weight.dtype}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

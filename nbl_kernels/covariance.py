@@ -42,8 +42,8 @@ class Moments:
 class CovarianceAccumulator:
     """Streams tokens into count, sums and Gram matrices of features, targets and a block.
 
-    Holds ``Σ f``, ``Σ t``, ``Σ f fᵀ``, ``Σ t fᵀ``, ``Σ t tᵀ`` (and with a block ``Σ b``, ``Σ b fᵀ``,
-    ``Σ b bᵀ``) in float64, uncentered, so that accumulators of different tokens simply add up.
+    Holds ``Σ f``, ``Σ t``, ``Σ f fᵀ``, ``Σ t fᵀ``, ``Σ t tᵀ`` (and with a block ``Σ b``,
+    ``Σ b fᵀ``, ``Σ b bᵀ``) in float64, uncentered, so that accumulators of different tokens simply add up.
     Products are float32 (bf16 multiplied exactly) over blocks of at most 192 tokens, added up in
     float64; channels with |mean| > 8 standard deviations are shifted before multiplying and the
     shift is undone in float64. Relative to float64 on the same inputs the Gram matrices are right
@@ -120,7 +120,9 @@ class CovarianceAccumulator:
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             if value.dim() < 1 or value.shape != (*features.shape[:-1], dim):
                 leading = ", ".join(map(str, features.shape[:-1])) or "…"
-                raise ValueError(f"{name} must have shape ({leading}, {dim}), got {_describe(value)}")
+                raise ValueError(
+                    f"{name} must have shape ({leading}, {dim}), got {_describe(value)}"
+                )
             if value.device != self.device and value.device.type != self.device.type:
                 raise ValueError(f"{name} must be on {self.device}, got {value.device}")
             rows.append(value.reshape(-1, dim))
@@ -156,7 +158,7 @@ class CovarianceAccumulator:
             mine += its.to(mine.device)
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Adds up the accumulators of all processes of a torch.distributed group, in all of them."""
+        """Adds up the accumulators of all processes of a torch.distributed group."""
         for tensor in self._tensors().values():
             torch.distributed.all_reduce(tensor, group=group)
 

@@ -6,8 +6,8 @@ With ``C_ff + λI = L Lᵀ`` and ``G = C_tf L⁻ᵀ``::
     E‖t - W f - b‖² = tr C_tt - ‖G‖² - λ ‖W‖²
     rank r:  W_r = U_r U_rᵀ W, U_r the leading left singular vectors of G
 
-and with ``C_bb = K Kᵀ`` the canonical correlations ρ of block and features are the singular values of
-``K⁻¹ C_bf L⁻ᵀ``, so ``Σ ρ²`` is its squared Frobenius norm: no eigenvalues, no SVD.
+and with ``C_bb = K Kᵀ`` the canonical correlations ρ of block and features are the singular
+values of ``K⁻¹ C_bf L⁻ᵀ``, so ``Σ ρ²`` is its squared Frobenius norm: no eigenvalues, no SVD.
 
 Kernels: ``csrc/cpu/lmmse.cpp``. Everything is float64. Matrices are scaled to unit diagonal before
 they are factored. The solves run on the CPU; moments of another device are copied there and back.
@@ -85,8 +85,8 @@ def lmmse_solve(
     weight, u, v, error, used = _in_groups(batch, solve)
     _check_ridge(used, float(ridge), "cov_ff")
     # Uncentered moments are divided by count, not count - ddof: so must the variance be.
-    scale = torch.tensor([1.0 if bias else (m.count - m.ddof) / m.count for m in batch])
-    variance = torch.stack([m.cov_tt.diagonal().sum().cpu() for m in batch]) * scale
+    scale = [1.0 if bias else (m.count - m.ddof) / m.count for m in batch]
+    variance = torch.stack([m.cov_tt.diagonal().sum().cpu() * s for m, s in zip(batch, scale)])
     # Constant targets: 0 when predicted exactly, infinity when (without a bias) they are not.
     nmse = torch.where(error > 0, error / variance, 0.0)
     b = None
@@ -138,7 +138,9 @@ def canonical_correlations(moments: Moments | Sequence[Moments]) -> Tensor:
 def _cca_matrices(batch: list[Moments]) -> Tensor:
     blocks = [_block_moments(m) for m in batch]
     matrix, ridge = torch.ops.nbl.cca_matrix(
-        _stack([m.cov_ff for m in batch]), _stack([b[0] for b in blocks]), _stack([b[1] for b in blocks])
+        _stack([m.cov_ff for m in batch]),
+        _stack([b[0] for b in blocks]),
+        _stack([b[1] for b in blocks]),
     )
     _check_ridge(ridge, 0.0, "cov_ff or cov_bb")
     return matrix
@@ -150,8 +152,8 @@ def _block_moments(m: Moments) -> tuple[Tensor, Tensor]:
         return m.cov_bf, m.cov_bb
     if m.cov_ff.shape != m.cov_tt.shape:
         raise ValueError(
-            "moments without a block need features and targets of equal dimension (the block output "
-            f"is their sum), got {m.cov_ff.shape[0]} and {m.cov_tt.shape[0]}"
+            "moments without a block need features and targets of equal dimension (the block "
+            f"output is their sum), got {m.cov_ff.shape[0]} and {m.cov_tt.shape[0]}"
         )
     return m.cov_tf + m.cov_ff, m.cov_tt + m.cov_tf + m.cov_tf.T + m.cov_ff
 
@@ -205,13 +207,14 @@ def _check_ridge(used: Tensor, asked: float, matrix: str) -> None:
     for i, ridge in enumerate(used.tolist()):
         if math.isnan(ridge):
             raise ValueError(
-                f"moments[{i}].{matrix} must be positive semidefinite: no ridge up to 1 (relative to "
-                "the mean of the diagonal) makes it definite"
+                f"moments[{i}].{matrix} must be positive semidefinite: no ridge up to 1 (relative "
+                "to the mean of the diagonal) makes it definite"
             )
         if ridge > asked:
             warnings.warn(
                 f"moments[{i}].{matrix} is singular to working precision (constant or dependent "
-                f"channels, or fewer tokens than channels): ridge {ridge:.0e} was used, not {asked:g}",
+                f"channels, or fewer tokens than channels): ridge {ridge:.0e} was used, "
+                f"not {asked:g}",
                 stacklevel=3,
             )
 

@@ -22,7 +22,7 @@ __all__ = [
 
 
 def _rms_norm(x: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight in float32 (float64 for float64), rounded once to x.dtype."""
+    """x / sqrt(mean(x²) + eps) · weight in float32 (or float64), rounded once to x.dtype."""
     acc = torch.promote_types(x.dtype, torch.float32)
     xf = x.to(acc)
     scale = torch.rsqrt(xf.square().mean(-1, keepdim=True) + norm_eps)
@@ -30,7 +30,7 @@ def _rms_norm(x: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """features · weightᵀ + bias with float32 products and sums (float64 for float64), not rounded."""
+    """features · weightᵀ + bias with float32 (or float64) products and sums, not rounded."""
     acc = torch.promote_types(features.dtype, torch.float32)
     out = features.to(acc) @ weight.to(acc).T
     return out if bias is None else out + bias.to(acc)
@@ -76,7 +76,7 @@ def norm_swiglu_ref(
 def covariance_update_ref(
     features: Tensor, targets: Tensor, block: Tensor | None = None, mask: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The raw sums of one update in float64: count, Σf, Σt, Σffᵀ, Σtfᵀ, Σttᵀ (and Σb, Σbfᵀ, Σbbᵀ)."""
+    """The raw float64 sums of one update: count, Σf, Σt, Σffᵀ, Σtfᵀ, Σttᵀ (and Σb, Σbfᵀ, Σbbᵀ)."""
 
     def rows(t: Tensor) -> Tensor:
         t = t.reshape(-1, t.shape[-1])
@@ -120,11 +120,13 @@ def lmmse_solve_ref(
 
 
 def canonical_correlations_ref(cov_ff: Tensor, cov_bf: Tensor, cov_bb: Tensor) -> Tensor:
-    """Singular values of C_bb^(-1/2) C_bf C_ff^(-1/2), descending: eigh and SVD, as in the paper."""
+    """Singular values of C_bb^(-1/2) C_bf C_ff^(-1/2), by eigh and SVD as in the paper."""
 
     def inverse_root(c: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(c)
-        return vectors @ (values.clamp_min(values[..., -1:] * 1e-15).rsqrt()[..., None] * vectors.mT)
+        return vectors @ (
+            values.clamp_min(values[..., -1:] * 1e-15).rsqrt()[..., None] * vectors.mT
+        )
 
     return torch.linalg.svdvals(inverse_root(cov_bb) @ cov_bf @ inverse_root(cov_ff))
 

@@ -28,16 +28,31 @@ def tiny(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<eos>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<eos>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+        tokenizer_object=tokenizer, eos_token="<eos>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=0)
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
@@ -47,7 +62,7 @@ def book(tmp_path_factory):
     """A folder of twelve texts."""
     folder = tmp_path_factory.mktemp("book")
     for i in range(12):
-        (folder / f"{i}.txt").write_text(TEXT[i * 900: (i + 1) * 900])
+        (folder / f"{i}.txt").write_text(TEXT[i * 900 : (i + 1) * 900])
     return str(folder)
 
 
@@ -88,11 +103,20 @@ def refusal_of(*args, code=2, **kwargs):
 
 
 def process(*args, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                   "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", "nbl", *map(str, args)], env=environment | kwargs.pop("env", {}),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+        [sys.executable, "-m", "nbl", *map(str, args)],
+        env=environment | kwargs.pop("env", {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 # ---- help, JSON, results -------------------------------------------------------------------------
@@ -113,10 +137,26 @@ def test_help_lists_the_commands():
 
 
 def test_calibrate_and_rank(tiny, book, tmp_path):
-    found = result_of("calibrate", tiny, "--text", book, "-o", "cal", "--length", 64,
-                      "--max-tokens", 2000, "--features", "pre-norm")
+    found = result_of(
+        "calibrate",
+        tiny,
+        "--text",
+        book,
+        "-o",
+        "cal",
+        "--length",
+        64,
+        "--max-tokens",
+        2000,
+        "--features",
+        "pre-norm",
+    )
     assert found["calibration"] == {
-        "text": [book], "tokens": 2000 // 64 * 64, "length": 64, "features": "pre-norm"}
+        "text": [book],
+        "tokens": 2000 // 64 * 64,
+        "length": 64,
+        "features": "pre-norm",
+    }
     assert set(found["scores"]) == {"residual", "cca", "nmse", "cosine"}
     assert (tmp_path / "cal" / "nbl_report.json").is_file()
 
@@ -154,7 +194,8 @@ def test_compress_evaluates_and_saves(tiny, book, tmp_path):
     assert model.config.model_type == "nbl_llama"
 
     assert "compressed already" in refusal_of(
-        "compress", "out", "--text", book, "--layers", 1, "-o", "out2")
+        "compress", "out", "--text", book, "--layers", 1, "-o", "out2"
+    )
     evaluated = result_of("eval", "out", "--text", f"{book}/3.txt")
     assert evaluated["linearized_layers"] == sorted(two["layers"])
     assert evaluated["kv_bytes_per_token"] == 2 * per_layer
@@ -164,20 +205,41 @@ def test_compress_evaluates_and_saves(tiny, book, tmp_path):
     pytest.importorskip("matplotlib")
     files = result_of("report", "out", "--png")["files"]
     assert sorted(Path(name).name for name in files) == [
-        "error_per_layer.png", "kv_cache.png", "nbl_report.html", "perplexity.png", "speed.png"]
+        "error_per_layer.png",
+        "kv_cache.png",
+        "nbl_report.html",
+        "perplexity.png",
+        "speed.png",
+    ]
     again = result_of("compress", tiny, "--layers", "1", "--text", book, "-o", "out", "--overwrite")
     assert again["choice"]["layers"] and not (tmp_path / "out" / "speed.png").exists()
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["--layers", "3,1"], {"layers": [3, 1], "criterion": "the user", "method": "nbl"}),
-    (["--layers", "1,", "--no-bias", "--rank", "4", "--ridge", "0.01"],
-     {"layers": [1], "bias": False, "rank": 4, "ridge": 0.01}),
-    (["--layers", "1", "--drop"], {"method": "drop", "criterion": "cosine"}),
-    (["--layers", "1", "--preset", "paper"], {"features": "pre-norm", "criterion": "cca"}),
-    (["--layers", "1", "--preset", "paper", "--features", "post-norm", "--criterion", "nmse"],
-     {"features": "post-norm", "criterion": "nmse"}),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--layers", "3,1"], {"layers": [3, 1], "criterion": "the user", "method": "nbl"}),
+        (
+            ["--layers", "1,", "--no-bias", "--rank", "4", "--ridge", "0.01"],
+            {"layers": [1], "bias": False, "rank": 4, "ridge": 0.01},
+        ),
+        (["--layers", "1", "--drop"], {"method": "drop", "criterion": "cosine"}),
+        (["--layers", "1", "--preset", "paper"], {"features": "pre-norm", "criterion": "cca"}),
+        (
+            [
+                "--layers",
+                "1",
+                "--preset",
+                "paper",
+                "--features",
+                "post-norm",
+                "--criterion",
+                "nmse",
+            ],
+            {"features": "post-norm", "criterion": "nmse"},
+        ),
+    ],
+)
 def test_compress_options(tiny, book, options, expected):
     found = result_of("compress", tiny, "--text", book, "-o", "out", *options)
     assert {key: found["choice"][key] for key in expected} == expected
@@ -189,37 +251,89 @@ def test_compress_options(tiny, book, options, expected):
 def test_compress_from_a_calibration(tiny, book, calibrated):
     found = result_of("compress", tiny, "--calibration", calibrated, "--layers", 2, "-o", "out")
     assert found["choice"]["criterion"] == "residual"
-    found = result_of("compress", tiny, "--calibration", calibrated, "--layers", 1, "-o", "out2",
-                      "--text", book, "--eval-text", f"{book}/0.txt")
+    found = result_of(
+        "compress",
+        tiny,
+        "--calibration",
+        calibrated,
+        "--layers",
+        1,
+        "-o",
+        "out2",
+        "--text",
+        book,
+        "--eval-text",
+        f"{book}/0.txt",
+    )
     assert found["choice"]["criterion"] == "loss" and found["points"][1]["perplexity"] > 1
     assert "features: expected post-norm" in refusal_of(
-        "compress", tiny, "--calibration", calibrated, "--layers", 1, "-o", "out3",
-        "--preset", "paper")
+        "compress",
+        tiny,
+        "--calibration",
+        calibrated,
+        "--layers",
+        1,
+        "-o",
+        "out3",
+        "--preset",
+        "paper",
+    )
     assert "eval-text: expected" in refusal_of(
-        "compress", tiny, "--calibration", calibrated, "--layers", 1, "-o", "out3", "--eval",
-        "--text", book)
+        "compress",
+        tiny,
+        "--calibration",
+        calibrated,
+        "--layers",
+        1,
+        "-o",
+        "out3",
+        "--eval",
+        "--text",
+        book,
+    )
 
 
 def test_several_texts_after_one_option(tiny, book):
     texts = [f"{book}/{i}.txt" for i in range(3)]
     spread = result_of("eval", tiny, "--text", *texts, "--length", 64)
-    repeated = result_of("eval", tiny, *(x for text in texts for x in ("--text", text)),
-                         "--length", 64)
+    repeated = result_of(
+        "eval", tiny, *(x for text in texts for x in ("--text", text)), "--length", 64
+    )
     assert spread["text"] == texts and spread["nll"] == repeated["nll"]
     assert cli._spread_texts(["eval", "--text", "a", "m"]) == ["eval", "--text", "a", "m"]
     assert cli._spread_texts(["eval", "m", "--text=a", "b", "--json"]) == [
-        "eval", "m", "--text=a", "--text", "b", "--json"]
+        "eval",
+        "m",
+        "--text=a",
+        "--text",
+        "b",
+        "--json",
+    ]
 
 
 def test_eval_and_generate_read_stdin(tiny):
     assert result_of("eval", tiny, "--text", "-", input=TEXT[:500])["tokens"] > 50
-    assert result_of("generate", tiny, "--prompt", "-", "--max-new-tokens", 2, input="def")[
-        "prompt"] == "def"
+    assert (
+        result_of("generate", tiny, "--prompt", "-", "--max-new-tokens", 2, input="def")["prompt"]
+        == "def"
+    )
 
 
 def test_generate_streams_and_repeats_with_a_seed(tiny):
-    sampled = ["generate", tiny, "--prompt", "def f1(", "--max-new-tokens", "12",
-               "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9"]
+    sampled = [
+        "generate",
+        tiny,
+        "--prompt",
+        "def f1(",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "1.5",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.9",
+    ]
     first, same = (result_of(*sampled, "--seed", 1) for _ in range(2))
     assert first["text"] == same["text"] != result_of(*sampled, "--seed", 2)["text"]
     done = nbl(*sampled, "--seed", 1)
@@ -229,6 +343,7 @@ def test_generate_streams_and_repeats_with_a_seed(tiny):
 
 def test_demo(tiny, monkeypatch, tmp_path):
     """With another model in place of the shipped one: the real one takes a minute or two."""
+
     def load(dtype):
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(tiny)
@@ -261,38 +376,58 @@ def test_doctor(monkeypatch):
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args, message", [
-    (["eval", "no/such/model", "--text", "TEXT"], "model: expected .*'no/such/model'"),
-    (["eval", "BOOK", "--text", "TEXT"], "model: expected .*no config.json"),
-    (["eval", "TINY"], "text: expected --text"),
-    (["eval", "TINY", "--text", "nowhere.txt"], "text: expected a file .*'nowhere.txt'"),
-    (["eval", "TINY", "--text", "EMPTY"], "text: .*holds none"),
-    (["eval", "TINY", "--text", "BINARY"], "text: expected UTF-8 .*binary.txt"),
-    (["eval", "TINY", "--text", "TEXT", "--length", "129"], "length: expected at most 128.* 129"),
-    (["eval", "TINY", "--text", "TEXT", "--length", "x"], "--length"),
-    (["eval", "TINY", "--text", "TEXT", "--device", "cuda:99"], "device: .*'cuda:99'"),
-    (["eval", "TINY", "--text", "TEXT", "--device", "abacus"], "device: .*'abacus'"),
-    (["eval", "TINY", "--text", "TEXT", "--dtype", "int3"], "--dtype"),
-    (["generate", "TINY", "--prompt", ""], "prompt: expected"),
-    (["generate", "TINY", "--prompt", "x", "--max-new-tokens", "500"], "max-new-tokens: .* 500"),
-    (["generate", "TINY"], "--prompt"),
-    (["rank", "BOOK"], "calibration"),
-    (["rank", "BOOK", "--text", "TEXT"], "model: expected --model"),
-    (["report", "BOOK"], "dir: expected .*nbl_report.json"),
-    (["calibrate", "TINY", "--text", "TEXT"], "output"),
-    (["nonsense"], "nonsense"),
-    (["eval", "TINY", "--nonsense"], "--nonsense"),
-    (["compress", "TINY", "--text", "TEXT", "-o", "out", "--layers", "1", "--eval"],
-     "two different documents"),
-    *((["compress", "TINY", "--text", "TEXT", "-o", "out", "--layers", layers],
-       f"layers: expected a number from 1 to 4.*{layers}")
-      for layers in ("0", "5", "-1", "x", "1,9", "1,1", ",", "1.5")),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["eval", "no/such/model", "--text", "TEXT"], "model: expected .*'no/such/model'"),
+        (["eval", "BOOK", "--text", "TEXT"], "model: expected .*no config.json"),
+        (["eval", "TINY"], "text: expected --text"),
+        (["eval", "TINY", "--text", "nowhere.txt"], "text: expected a file .*'nowhere.txt'"),
+        (["eval", "TINY", "--text", "EMPTY"], "text: .*holds none"),
+        (["eval", "TINY", "--text", "BINARY"], "text: expected UTF-8 .*binary.txt"),
+        (
+            ["eval", "TINY", "--text", "TEXT", "--length", "129"],
+            "length: expected at most 128.* 129",
+        ),
+        (["eval", "TINY", "--text", "TEXT", "--length", "x"], "--length"),
+        (["eval", "TINY", "--text", "TEXT", "--device", "cuda:99"], "device: .*'cuda:99'"),
+        (["eval", "TINY", "--text", "TEXT", "--device", "abacus"], "device: .*'abacus'"),
+        (["eval", "TINY", "--text", "TEXT", "--dtype", "int3"], "--dtype"),
+        (["generate", "TINY", "--prompt", ""], "prompt: expected"),
+        (
+            ["generate", "TINY", "--prompt", "x", "--max-new-tokens", "500"],
+            "max-new-tokens: .* 500",
+        ),
+        (["generate", "TINY"], "--prompt"),
+        (["rank", "BOOK"], "calibration"),
+        (["rank", "BOOK", "--text", "TEXT"], "model: expected --model"),
+        (["report", "BOOK"], "dir: expected .*nbl_report.json"),
+        (["calibrate", "TINY", "--text", "TEXT"], "output"),
+        (["nonsense"], "nonsense"),
+        (["eval", "TINY", "--nonsense"], "--nonsense"),
+        (
+            ["compress", "TINY", "--text", "TEXT", "-o", "out", "--layers", "1", "--eval"],
+            "two different documents",
+        ),
+        *(
+            (
+                ["compress", "TINY", "--text", "TEXT", "-o", "out", "--layers", layers],
+                f"layers: expected a number from 1 to 4.*{layers}",
+            )
+            for layers in ("0", "5", "-1", "x", "1,9", "1,1", ",", "1.5")
+        ),
+    ],
+)
 def test_refusals_name_what_is_wrong(tiny, book, tmp_path, args, message):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfd")
-    places = {"TINY": tiny, "BOOK": book, "TEXT": f"{book}/1.txt", "EMPTY": "empty.txt",
-              "BINARY": "binary.txt"}
+    places = {
+        "TINY": tiny,
+        "BOOK": book,
+        "TEXT": f"{book}/1.txt",
+        "EMPTY": "empty.txt",
+        "BINARY": "binary.txt",
+    }
     assert re.search(message, refusal_of(*(places.get(arg, arg) for arg in args)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
 
@@ -359,8 +494,7 @@ def test_replacing_swaps_whole_folders(tmp_path):
                 assert (tmp_path / "out" / "first" / "data").read_text() == "first"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["nbl_report.json", "second"]
     record = json.loads((tmp_path / "out" / "nbl_report.json").read_text())
-    assert record == {
-        "score": None, "path": "x", "files": ["nbl_report.json", "second/data"]}
+    assert record == {"score": None, "path": "x", "files": ["nbl_report.json", "second/data"]}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -404,8 +538,21 @@ def test_a_refusal_is_one_line_and_nbl_debug_shows_the_traceback():
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number, code):
     (tmp_path / "long.txt").write_text(TEXT * 200)
-    running = process("compress", tiny, "--text", "long.txt", "--layers", 1, "-o", "out",
-                      "--max-tokens", 10**7, "--length", 8, cwd=tmp_path)
+    running = process(
+        "compress",
+        tiny,
+        "--text",
+        "long.txt",
+        "--layers",
+        1,
+        "-o",
+        "out",
+        "--max-tokens",
+        10**7,
+        "--length",
+        8,
+        cwd=tmp_path,
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.*.tmp")) and running.poll() is None:
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""CovarianceAccumulator: against float64 on the same inputs, for every instruction set of this CPU."""
+"""CovarianceAccumulator: against float64 on the same inputs, on every instruction set here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def capability(request):
 
 
 def hard_tokens(n: int, dim: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Correlated channels; scales from 1e-2 to 1e3; a third of the means 100 standard deviations."""
+    """Correlated channels; scales from 1e-2 to 1e3; a third of the means 100 std."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, dim, generator=g) @ torch.randn(dim, dim, generator=g) * dim**-0.5
     scale = torch.logspace(-2, 3 if dtype != torch.float16 else 2, dim)
@@ -59,10 +59,10 @@ def assert_moments_exact(m: nk.Moments, f, t, b=None):
 
 
 def accumulate(splits, f, t, b=None) -> nk.CovarianceAccumulator:
-    acc = nk.CovarianceAccumulator(
-        f.shape[1], t.shape[1], block_dim=0 if b is None else b.shape[1]
+    acc = nk.CovarianceAccumulator(f.shape[1], t.shape[1], block_dim=0 if b is None else b.shape[1])
+    parts = zip(
+        f.split(splits), t.split(splits), b.split(splits) if b is not None else [None] * 10**6
     )
-    parts = zip(f.split(splits), t.split(splits), b.split(splits) if b is not None else [None] * 10**6)
     for pf, pt, pb in parts:
         acc.update(pf, pt, pb)
     return acc
@@ -178,7 +178,9 @@ def test_results_do_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(r[k], results[0][k]) for r in results for k in r if "gram" not in k)
-    assert all(torch.equal(r[k].triu(), results[0][k].triu()) for r in results for k in ("gram_ff",))
+    assert all(
+        torch.equal(r[k].triu(), results[0][k].triu()) for r in results for k in ("gram_ff",)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,7 +190,7 @@ def test_non_finite_tokens_are_refused_and_nothing_is_added(dtype, value):
     acc = accumulate(600, f, t)
     before = acc.state_dict()
     t[417, 3] = value
-    with pytest.raises(RuntimeError, match="targets must be finite.* at token 417, channel 3"):
+    with pytest.raises(RuntimeError, match=r"targets must be finite.* at token 417, channel 3"):
         acc.update(f, t)
     assert all(torch.equal(before[k], v) for k, v in acc.state_dict().items())
 

@@ -39,14 +39,21 @@ def base(shipped, batches):
 def test_folder_is_small_and_complete():
     files = {file.name: file.stat().st_size for file in demo.model_dir().iterdir()}
     assert sum(files.values()) <= 10e6
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "training_log.json", "NOTICE"} <= files.keys()
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_log.json",
+        "NOTICE",
+    } <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
 
 
 def test_tokenizer_round_trip(shipped):
     model, tokenizer = shipped
-    text = "def spam(self, *args):\n    \"\"\"Return 'é', 漢字 and\ttabs.\"\"\"\n\n\n"
+    text = 'def spam(self, *args):\n    """Return \'é\', 漢字 and\ttabs."""\n\n\n'
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer) == model.config.vocab_size
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -93,9 +100,12 @@ def test_perplexity_is_the_logged_one(base):
 
 def test_attention_matters(shipped, batches, base):
     model, _ = shipped
-    hooks = [layer.self_attn.register_forward_hook(
-                 lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
-             for layer in model.model.layers[::2]]
+    hooks = [
+        layer.self_attn.register_forward_hook(
+            lambda module, args, output: (torch.zeros_like(output[0]), *output[1:])
+        )
+        for layer in model.model.layers[::2]
+    ]
     try:
         without = perplexity(model, batches)
     finally:

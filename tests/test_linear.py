@@ -1,18 +1,26 @@
-"""residual_linear, norm_linear, norm_swiglu: against float64, for every instruction set of this CPU."""
+"""residual_linear, norm_linear, norm_swiglu: against float64, on every instruction set here."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import assert_as_exact_as_torch
 from torch.nn import functional as F
 
 import nbl_kernels as nk
 from nbl_kernels import _C
-from tolerance import assert_as_exact_as_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Odd sizes, tails of every vector width, and more rows than the skinny kernels take.
-SHAPES = [(1, 64, 64), (3, 72, 72), (16, 200, 200), (17, 96, 96), (2, 1, 1), (5, 37, 37), (1, 1031, 1031)]
+SHAPES = [
+    (1, 64, 64),
+    (3, 72, 72),
+    (16, 200, 200),
+    (17, 96, 96),
+    (2, 1, 1),
+    (5, 37, 37),
+    (1, 1031, 1031),
+]
 
 
 @pytest.fixture(params=_C.cpu_capabilities())
@@ -77,7 +85,11 @@ def test_norm_swiglu_shapes(capability, dtype, f, k):
 
 
 def test_references_are_the_formulas():
-    x, w, g = make(3, 40, dtype=torch.float64), make(40, 40, dtype=torch.float64), torch.rand(40).double()
+    x, w, g = (
+        make(3, 40, dtype=torch.float64),
+        make(40, 40, dtype=torch.float64),
+        torch.rand(40).double(),
+    )
     torch.testing.assert_close(
         nk.residual_linear_ref(x, w, norm_weight=g), torch_residual_linear(x, w, None, None, g)
     )
@@ -101,7 +113,9 @@ def test_strided_inputs_equal_contiguous_ones(m):
     }
     bias = make(2 * n, dtype=torch.bfloat16)[::2]
     for x, w, r in views.values():
-        dense = nk.residual_linear(x.contiguous(), w.contiguous(), bias.contiguous(), r.contiguous())
+        dense = nk.residual_linear(
+            x.contiguous(), w.contiguous(), bias.contiguous(), r.contiguous()
+        )
         assert torch.equal(nk.residual_linear(x, w, bias, r), dense)
 
 
@@ -148,7 +162,9 @@ def test_reads_nothing_past_the_end_of_the_weight():
     """The last row of a view whose neighbours are NaN: tails must not be read into the sums."""
     storage = torch.full((10, 70), float("nan"), dtype=torch.bfloat16)
     storage[:9, :37] = make(9, 37, dtype=torch.bfloat16)
-    out = nk.norm_linear(make(2, 37, dtype=torch.bfloat16), torch.ones(37).bfloat16(), storage[:9, :37])
+    out = nk.norm_linear(
+        make(2, 37, dtype=torch.bfloat16), torch.ones(37).bfloat16(), storage[:9, :37]
+    )
     assert out.isfinite().all()
 
 
@@ -187,7 +203,10 @@ def test_errors_name_the_argument():
         (lambda: nk.residual_linear(x, w, torch.randn(7)), "bias must have shape"),
         (lambda: nk.residual_linear(x, w.bfloat16()), "weight must have the dtype of x"),
         (lambda: nk.residual_linear(x.int(), w.int()), "x must be float32, bfloat16 or float16"),
-        (lambda: nk.residual_linear(x, w, norm_weight=torch.ones(9)), "norm_weight must have shape"),
+        (
+            lambda: nk.residual_linear(x, w, norm_weight=torch.ones(9)),
+            "norm_weight must have shape",
+        ),
         (lambda: nk.residual_linear(torch.tensor(1.0), w), "x must have at least one dimension"),
         (lambda: nk.norm_swiglu(x, torch.ones(8), torch.randn(7, 8)), "even number of rows"),
         (lambda: nk.norm_linear(x, torch.ones(8), w, torch.ones(3)), "bias must have shape"),

@@ -14,8 +14,13 @@ pytest.importorskip("matplotlib")
 from nbl import report
 
 VOID = {"meta", "source", "img", "br"}
-DENSE = {"layers": [], "perplexity": 14.8, "kv_bytes_per_token": 6144,
-         "prefill": 2e4, "decode": 330}
+DENSE = {
+    "layers": [],
+    "perplexity": 14.8,
+    "kv_bytes_per_token": 6144,
+    "prefill": 2e4,
+    "decode": 330,
+}
 RECORD = {
     "nbl_report": 1,
     "command": "compress",
@@ -25,17 +30,27 @@ RECORD = {
     "conditions": {"torch": "2.13", "device": "CPU", "threads": 2},
     "calibration": {"text": ["book.txt"], "tokens": 131072, "features": "post-norm"},
     "scores": {
-        "loss": [0.3, 0.1, 0.02, 0.01], "residual": [0.3, 0.1, 0.02, 0.01],
-        "cca": [30.0, 1.0, 20.0, None], "nmse": [0.5, 0.2, 0.4, 0.3],
+        "loss": [0.3, 0.1, 0.02, 0.01],
+        "residual": [0.3, 0.1, 0.02, 0.01],
+        "cca": [30.0, 1.0, 20.0, None],
+        "nmse": [0.5, 0.2, 0.4, 0.3],
         "cosine": [0.4, 0.3, 0.2, 0.1],
     },
     "choice": {"method": "nbl", "criterion": "loss", "layers": [3, 2], "ridge_used": {"3": 1e-4}},
     "points": [
         DENSE,
-        *({"layers": [3, 2][:m], "perplexity": 14.8 + m, "kv_bytes_per_token": 6144 - 1536 * m,
-           "prefill": 2e4 + m, "decode": 330.5 + m,
-           "drop": {"layers": [3], "perplexity": 16.0 + m},
-           "drop_same": {"layers": [3], "perplexity": 17.0 + m}} for m in (1, 2)),
+        *(
+            {
+                "layers": [3, 2][:m],
+                "perplexity": 14.8 + m,
+                "kv_bytes_per_token": 6144 - 1536 * m,
+                "prefill": 2e4 + m,
+                "decode": 330.5 + m,
+                "drop": {"layers": [3], "perplexity": 16.0 + m},
+                "drop_same": {"layers": [3], "perplexity": 17.0 + m},
+            }
+            for m in (1, 2)
+        ),
     ],
     "evaluation": {"text": ["held out"], "tokens": 4096},
     "speed": {"prompt_tokens": 224, "new_tokens": 32, "repetitions": 5},
@@ -68,8 +83,11 @@ class Page(HTMLParser):
 
 
 def links(page):
-    return [value for _, name, value in page.attributes
-            if name in ("src", "srcset", "href", "action", "data", "poster", "background")]
+    return [
+        value
+        for _, name, value in page.attributes
+        if name in ("src", "srcset", "href", "action", "data", "poster", "background")
+    ]
 
 
 def test_the_page_is_valid_and_needs_nothing_else():
@@ -93,8 +111,21 @@ def test_the_page_is_valid_and_needs_nothing_else():
 
 def test_the_page_shows_what_was_measured():
     text = " ".join(Page(report.render_html(RECORD)).text)
-    for shown in ("some/model", "16.80", "dropping: 18.00", "3,072", "−50%", "14.80", "131,072",
-                  "cca and loss disagree", "NBL-2", "3, 2", "def f", "2025-01-01", "2.13"):
+    for shown in (
+        "some/model",
+        "16.80",
+        "dropping: 18.00",
+        "3,072",
+        "−50%",
+        "14.80",
+        "131,072",
+        "cca and loss disagree",
+        "NBL-2",
+        "3, 2",
+        "def f",
+        "2025-01-01",
+        "2.13",
+    ):
         assert shown in text
     assert "Not " not in text
 
@@ -119,8 +150,12 @@ def light_only(record):
 def test_plots_of_mangled_numbers():
     record = copy.deepcopy(RECORD)
     record["scores"] = {"cca": [None, "x", float("nan"), 2.0], "nmse": []}
-    record["points"] = [{"layers": []}, {"layers": [1], "perplexity": None, "prefill": "x"}, 5,
-                        {"layers": [1, 2], "kv_bytes_per_token": 0, "perplexity": float("inf")}]
+    record["points"] = [
+        {"layers": []},
+        {"layers": [1], "perplexity": None, "prefill": "x"},
+        5,
+        {"layers": [1, 2], "kv_bytes_per_token": 0, "perplexity": float("inf")},
+    ]
     assert set(report.render_png(record)) == {"error_per_layer.png"}
     text = " ".join(Page(report.render_html(record)).text)
     assert "Not measured in this run" in text
@@ -163,10 +198,15 @@ def test_png_plots():
     assert all(image.startswith(b"\x89PNG") for image in images.values())
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "has no nbl_report.json"), ("{", "expected JSON"), ("[]", "version 1"),
-    ('{"nbl_report": 2}', "version 1"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "has no nbl_report.json"),
+        ("{", "expected JSON"),
+        ("[]", "version 1"),
+        ('{"nbl_report": 2}', "version 1"),
+    ],
+)
 def test_a_folder_without_a_record_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / report.RECORD).write_text(content)

@@ -47,17 +47,20 @@ def test_files_stdin_and_the_order_of_sources(tmp_path, monkeypatch):
     assert load_texts(["-", bom, str(rows)]) == ["from stdin é", "text", "a\u2028b"]
 
 
-@pytest.mark.parametrize("name, data, message", [
-    ("latin1.txt", "café".encode("latin1"), "expected UTF-8 in .*latin1.txt.* byte 0xe9 at 3"),
-    ("zero.txt", b"a\0b", "expected text in .*zero.txt.* binary"),
-    ("empty.txt", b" \n\t", "empty.txt.* holds none"),
-    ("rows.jsonl", b'{"text": "a"}\n{"text": 1}', 'string "text" at .*rows.jsonl:2'),
-    ("list.jsonl", b'["text"]', "list.jsonl:1"),
-    ("broken.jsonl", b'{"text": ', "expected JSON at .*broken.jsonl:1"),
-    ("half.jsonl", b'{"text": "\\ud800"}', "surrogate"),
-    ("fake.gz", b"plain", "expected gzip data in .*fake.gz"),
-    ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "expected gzip data in .*cut.txt.gz"),
-])
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("latin1.txt", "café".encode("latin1"), "expected UTF-8 in .*latin1.txt.* byte 0xe9 at 3"),
+        ("zero.txt", b"a\0b", "expected text in .*zero.txt.* binary"),
+        ("empty.txt", b" \n\t", "empty.txt.* holds none"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": 1}', 'string "text" at .*rows.jsonl:2'),
+        ("list.jsonl", b'["text"]', "list.jsonl:1"),
+        ("broken.jsonl", b'{"text": ', "expected JSON at .*broken.jsonl:1"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "surrogate"),
+        ("fake.gz", b"plain", "expected gzip data in .*fake.gz"),
+        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "expected gzip data in .*cut.txt.gz"),
+    ],
+)
 def test_a_bad_file_is_named(tmp_path, name, data, message):
     with pytest.raises(ValueError, match=message):
         load_texts([write(tmp_path / name, data)])
@@ -141,10 +144,15 @@ def test_a_long_document_is_not_tokenized_past_the_limit():
     assert sum(calls) == len(document)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"length": 1}, "length"), ({"length": 8, "batch_size": 0}, "batch_size"),
-    ({"length": 8, "max_tokens": 0}, "max_tokens"), ({"length": 8, "max_tokens": 1}, "2 tokens"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"length": 1}, "length"),
+        ({"length": 8, "batch_size": 0}, "batch_size"),
+        ({"length": 8, "max_tokens": 0}, "max_tokens"),
+        ({"length": 8, "max_tokens": 1}, "2 tokens"),
+    ],
+)
 def test_packing_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         token_batches(ByteTokenizer(), ["text"], **{"batch_size": 1, **arguments})

@@ -1,5 +1,5 @@
-"""One rule for every kernel's tolerance: its error against float64 may be at most a small multiple of
-the error that plain PyTorch makes in the same dtype on the same inputs."""
+"""One rule for every kernel's tolerance: its error against float64 may be at most a small multiple
+of the error that plain PyTorch makes in the same dtype on the same inputs."""
 
 from __future__ import annotations
 

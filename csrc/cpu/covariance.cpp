@@ -1,5 +1,6 @@
 // covariance_update on the CPU: one pass for column statistics (it finds bad input before anything
-// is changed, and the shifts), then chunk by chunk: pack, column sums, Gram tiles. See nbl/cpu/gram.h.
+// is changed, and the shifts), then chunk by chunk: pack, column sums, Gram tiles. See
+// nbl/cpu/gram.h.
 #include <atomic>
 #include <cmath>
 #include <numeric>
@@ -63,9 +64,10 @@ std::vector<int64_t> counted_tokens(int64_t tokens, const std::optional<Tensor>&
   for (int64_t t : tokens) {
     const int64_t at = t * row_stride(input.data) + channel;
     const float value =
-        dtype == DType::kFloat32    ? static_cast<const float*>(input.data.const_data_ptr())[at]
-        : dtype == DType::kBFloat16 ? to_float(static_cast<const bfloat16*>(input.data.const_data_ptr())[at])
-                                    : to_float(static_cast<const float16*>(input.data.const_data_ptr())[at]);
+        dtype == DType::kFloat32 ? static_cast<const float*>(input.data.const_data_ptr())[at]
+        : dtype == DType::kBFloat16
+            ? to_float(static_cast<const bfloat16*>(input.data.const_data_ptr())[at])
+            : to_float(static_cast<const float16*>(input.data.const_data_ptr())[at]);
     if (!(std::abs(value) < 1e18f))
       fail(kOp, ": ", input.name, " must be finite and below 1e18, got ", value, " at token ", t,
            ", channel ", channel, "; nothing was accumulated (mask such tokens out)");
@@ -200,8 +202,8 @@ void covariance_update(const Tensor& features, const Tensor& targets,
   for (Input& input : named) {
     kernel_dtype(kOp, input.name, input.data);
     check_like(kOp, input.name, input.data, "features", features);
-    check(input.data.dim() == 2, kOp, ": ", input.name, " must have 2 dimensions (tokens, dim), got ",
-          shape(input.data));
+    check(input.data.dim() == 2, kOp, ": ", input.name,
+          " must have 2 dimensions (tokens, dim), got ", shape(input.data));
     check(input.data.size(0) == features.size(0), kOp, ": ", input.name, " must have the ",
           features.size(0), " tokens of features, got ", input.data.size(0));
     input.dim = input.data.size(1);
@@ -276,7 +278,8 @@ void covariance_update(const Tensor& features, const Tensor& targets,
     const auto again = add_chunk(g, tokens.data() + begin, size, pairs);
     left_out.insert(left_out.end(), again.begin(), again.end());
   }
-  for (int64_t begin = 0; begin < static_cast<int64_t>(left_out.size()); begin += chunk_tokens / 2) {
+  for (int64_t begin = 0; begin < static_cast<int64_t>(left_out.size());
+       begin += chunk_tokens / 2) {
     const int64_t size = std::min<int64_t>(chunk_tokens / 2, left_out.size() - begin);
     add_chunk(g, left_out.data() + begin, size, false);
   }

@@ -29,7 +29,8 @@ const CpuKernels* find(const std::string& name) {
   for (const CpuKernels* table : tables)
     if (name == table->name) return table;
   std::string names;
-  for (const CpuKernels* table : tables) names += std::string(names.empty() ? "" : ", ") + table->name;
+  for (const CpuKernels* table : tables)
+    names += std::string(names.empty() ? "" : ", ") + table->name;
   throw std::runtime_error("cpu capability must be one of " + names + " on this processor, got " +
                            name);
 }

@@ -40,7 +40,8 @@ double sum_of_squares(const Tensor& t) {
   double sum = 0;
   for (int64_t i = 0; i < dense.size(0); ++i) {  // row by row: short sums of similar size
     double row = 0;
-    for (int64_t j = 0; j < dense.size(1); ++j) row += p[i * dense.size(1) + j] * p[i * dense.size(1) + j];
+    for (int64_t j = 0; j < dense.size(1); ++j)
+      row += p[i * dense.size(1) + j] * p[i * dense.size(1) + j];
     sum += row;
   }
   return sum;
@@ -136,7 +137,8 @@ FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const Tensor
   check_batch(op, "cov_tf", cov_tf, batch, dt, df);
   check_shape(op, "energy", energy, {batch});
   check(energy.scalar_type() == ScalarType::Double, op, ": energy must be float64");
-  check(ridge >= 0 && std::isfinite(ridge), op, ": ridge must be a finite number >= 0, got ", ridge);
+  check(ridge >= 0 && std::isfinite(ridge), op, ": ridge must be a finite number >= 0, got ",
+        ridge);
   check(rank >= 0 && rank <= std::min(dt, df), op, ": rank must be between 0 and ",
         std::min(dt, df), ", got ", rank);
 
@@ -152,7 +154,8 @@ FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const Tensor
     if (!f.ok) continue;
     const Tensor cross = scaled_columns(torch::stable::select(cov_tf, 0, layer), f.scale);
     Tensor g = solve_triangular(transposed(f.lower), cross, /*upper=*/true, /*left=*/false);
-    Tensor w = scaled_columns(solve_triangular(f.lower, g, /*upper=*/false, /*left=*/false), f.scale);
+    Tensor w =
+        scaled_columns(solve_triangular(f.lower, g, /*upper=*/false, /*left=*/false), f.scale);
     Tensor out = torch::stable::select(weight, 0, layer);
     if (rank > 0) {
       // The leading eigenvectors of G Gᵀ are the leading left singular vectors of G.
@@ -162,7 +165,8 @@ FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const Tensor
       tensor_from(stack[0]);  // eigenvalues, ascending
       Tensor vectors = tensor_from(stack[1]);
       vectors = torch::stable::narrow(vectors, 1, dt - rank, rank);
-      const Tensor reduced = torch::stable::contiguous(torch::stable::matmul(transposed(vectors), w));
+      const Tensor reduced =
+          torch::stable::contiguous(torch::stable::matmul(transposed(vectors), w));
       Tensor u_out = torch::stable::select(u, 0, layer), v_out = torch::stable::select(v, 0, layer);
       torch::stable::copy_(u_out, vectors);
       torch::stable::copy_(v_out, reduced);

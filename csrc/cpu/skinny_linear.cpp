@@ -118,9 +118,8 @@ Tensor normalized(const LinearArgs& a, int64_t m) {
   p.out = out.mutable_data_ptr();
   p.k = a.x.size(-1);
   const TypedKernels& kernels = cpu_kernels()[kernel_dtype(a.op, "x", a.x)];
-  torch::stable::parallel_for(0, m, 4, [&](int64_t begin, int64_t end) {
-    kernels.rms_norm_rows(p, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, m, 4, [&](int64_t begin, int64_t end) { kernels.rms_norm_rows(p, begin, end); });
   return out;
 }
 
@@ -138,18 +137,16 @@ Tensor run_wide(const LinearArgs& a, int64_t m) {
     const int64_t n = gate_up.size(-1) / 2;
     out = empty_like_rows(a.x, n);
     const SiluMul p{gate_up.const_data_ptr(), out.mutable_data_ptr(), n};
-    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      kernels.silu_mul_rows(p, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, m, 1, [&](int64_t begin, int64_t end) { kernels.silu_mul_rows(p, begin, end); });
   }
   if (a.residual) {
     const int64_t n = out.size(-1);
     const AddRows p{a.residual->const_data_ptr(), row_stride(*a.residual), out.mutable_data_ptr(),
                     n};
-    torch::stable::parallel_for(0, m, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, n)),
-                                [&](int64_t begin, int64_t end) {
-                                  kernels.add_rows(p, begin, end);
-                                });
+    torch::stable::parallel_for(
+        0, m, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, n)),
+        [&](int64_t begin, int64_t end) { kernels.add_rows(p, begin, end); });
   }
   return out;
 }
@@ -173,8 +170,8 @@ Tensor run(LinearArgs a) {
 Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual,
                        const std::optional<Tensor>& norm_weight, double norm_eps) {
-  return run({"residual_linear", x, weight, bias, residual ? *residual : x, norm_weight, norm_eps,
-              false});
+  return run(
+      {"residual_linear", x, weight, bias, residual ? *residual : x, norm_weight, norm_eps, false});
 }
 
 Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,

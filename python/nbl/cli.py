@@ -154,32 +154,63 @@ def _command(function: Callable[..., dict]) -> Callable[..., dict]:
 
 # ---- options that several commands share ---------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(
-    metavar="MODEL", help="Folder, hub name, or `demo` (ships with nbl).", show_default=False)]
-Texts = Annotated[list[str] | None, typer.Option(
-    "--text", metavar="PATH...", show_default="demo:calibration for the demo model",
-    help="Files, folders, - (stdin), dataset:NAME[:CONFIG][:SPLIT], demo:train|calibration|test.")]
-Output = Annotated[Path, typer.Option(
-    "-o", "--output", metavar="DIR", help="Folder to create.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option(
-    "--overwrite", help="Replace what nbl wrote there before.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder, hub name, or `demo` (ships with nbl).", show_default=False
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="PATH...",
+        show_default="demo:calibration for the demo model",
+        help="Files, folders, - (stdin), dataset:NAME[:CONFIG][:SPLIT], "
+        "demo:train|calibration|test.",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="DIR", help="Folder to create.", show_default=False),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what nbl wrote there before.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and only that.")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(
-    help="Of the weights; auto: as they are stored.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the weights; auto: as they are stored."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
-Threads = Annotated[int | None, typer.Option(
-    min=1, help="CPU threads.", show_default="all cores")]
-Length = Annotated[int | None, typer.Option(
-    min=2, help="Tokens per sequence.", show_default="2048, or the model's limit")]
-BatchSize = Annotated[int | None, typer.Option(
-    min=1, help="Sequences per batch.", show_default="about 2048 tokens")]
-MaxTokens = Annotated[int | None, typer.Option(
-    min=2, help="Read at most so many tokens.", show_default=f"{CALIBRATION_TOKENS:,}")]
-Features = Annotated[Literal["post-norm", "pre-norm"] | None, typer.Option(
-    help="What the map sees: the attention's input after or before its norm.",
-    show_default="post-norm")]
-Criterion = Annotated[Literal["loss", "residual", "cca", "nmse", "cosine"] | None, typer.Option(
-    help="Which layers go first.", show_default="loss; residual without text; cosine with --drop")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per sequence.", show_default="2048, or the model's limit"),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Sequences per batch.", show_default="about 2048 tokens")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Read at most so many tokens.", show_default=f"{CALIBRATION_TOKENS:,}"
+    ),
+]
+Features = Annotated[
+    Literal["post-norm", "pre-norm"] | None,
+    typer.Option(
+        help="What the map sees: the attention's input after or before its norm.",
+        show_default="post-norm",
+    ),
+]
+Criterion = Annotated[
+    Literal["loss", "residual", "cca", "nmse", "cosine"] | None,
+    typer.Option(
+        help="Which layers go first.",
+        show_default="loss; residual without text; cosine with --drop",
+    ),
+]
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -194,8 +225,10 @@ def calibrate(
     max_tokens: MaxTokens = None,
     length: Length = None,
     batch_size: BatchSize = None,
-    checkpoint: Annotated[Path | None, typer.Option(
-        metavar="DIR", help="Keep the state here; a killed run then resumes.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the state here; a killed run then resumes."),
+    ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -230,13 +263,18 @@ def calibrate(
 
 @_command
 def rank(
-    calibration: Annotated[Path, typer.Argument(
-        metavar="CAL", help="Folder written by nbl calibrate.", show_default=False)],
-    model: Annotated[str | None, typer.Option(
-        metavar="MODEL", help="With --text: measures the criterion loss, too.")] = None,
+    calibration: Annotated[
+        Path,
+        typer.Argument(metavar="CAL", help="Folder written by nbl calibrate.", show_default=False),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="With --text: measures the criterion loss, too."),
+    ] = None,
     text: Texts = None,
-    max_tokens: Annotated[int, typer.Option(
-        min=2, help="Measure the loss on so many tokens.")] = LOSS_TOKENS,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Measure the loss on so many tokens.")
+    ] = LOSS_TOKENS,
     length: Length = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
@@ -259,46 +297,69 @@ def rank(
         batches = plan.batches(loaded, tokenizer, documents)
     with _progress() as watch:
         scores = measure.score_layers(
-            found, model=loaded, batches=batches and watch(
-                batches, "measuring the loss", passes=len(found.layers) + 1))
+            found,
+            model=loaded,
+            batches=batches and watch(batches, "measuring the loss", passes=len(found.layers) + 1),
+        )
     notes = measure.disagreements(scores)
     _show_scores(scores)
     for note in notes:
         _note(note)
-    return {"scores": scores, "order": {name: measure.order(s) for name, s in scores.items()},
-            "notes": notes}
+    return {
+        "scores": scores,
+        "order": {name: measure.order(s) for name, s in scores.items()},
+        "notes": notes,
+    }
 
 
 @_command
 def compress(
     model: Model,
     text: Texts = None,
-    layers: Annotated[str, typer.Option(
-        metavar="M", help="How many (12), or which (3,5,7).", show_default=False)] = ...,
+    layers: Annotated[
+        str, typer.Option(metavar="M", help="How many (12), or which (3,5,7).", show_default=False)
+    ] = ...,
     output: Output = ...,
-    preset: Annotated[Literal["paper"] | None, typer.Option(
-        help="paper: pre-norm, cca, 256 sequences of 2048 tokens.")] = None,
+    preset: Annotated[
+        Literal["paper"] | None,
+        typer.Option(help="paper: pre-norm, cca, 256 sequences of 2048 tokens."),
+    ] = None,
     criterion: Criterion = None,
     features: Features = None,
     bias: Annotated[bool, typer.Option(help="Give the maps a bias.")] = True,
-    ridge: Annotated[float, typer.Option(
-        min=0, help="Relative to the mean variance of the features.")] = 1e-4,
-    rank: Annotated[int | None, typer.Option(
-        min=1, help="Store W as a product of two matrices of this rank.",
-        show_default="full")] = None,
-    drop: Annotated[bool, typer.Option(
-        "--drop", help="Only remove the attention, without a map: the baseline.")] = False,
-    calibration: Annotated[Path | None, typer.Option(
-        metavar="CAL", help="Use this instead of calibrating.")] = None,
-    evaluate: Annotated[bool, typer.Option(
-        "--eval", help="Measure perplexity on held-out text, and speed, against the dense model "
-        "and against dropping.")] = False,
-    eval_text: Annotated[list[str] | None, typer.Option(
-        metavar="PATH...", help="Text for --eval.",
-        show_default="a tenth of the documents")] = None,
+    ridge: Annotated[
+        float, typer.Option(min=0, help="Relative to the mean variance of the features.")
+    ] = 1e-4,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Store W as a product of two matrices of this rank.", show_default="full"
+        ),
+    ] = None,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Only remove the attention, without a map: the baseline.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="CAL", help="Use this instead of calibrating.")
+    ] = None,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--eval",
+            help="Measure perplexity on held-out text, and speed, against the dense model "
+            "and against dropping.",
+        ),
+    ] = False,
+    eval_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH...", help="Text for --eval.", show_default="a tenth of the documents"
+        ),
+    ] = None,
     eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens for --eval.")] = 65_536,
-    sweep: Annotated[bool, typer.Option(
-        "--sweep", help="--eval for every number of layers up to M.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="--eval for every number of layers up to M.")
+    ] = False,
     max_tokens: MaxTokens = None,
     length: Length = None,
     batch_size: BatchSize = None,
@@ -318,17 +379,29 @@ def compress(
     with new_folder(output, overwrite=overwrite) as folder:
         given = nbl.Calibration.load(calibration) if calibration else None
         plan = _Plan.from_options(
-            preset, features, criterion, length, batch_size, max_tokens, drop, given,
-            has_text=bool(text) or model == "demo")
+            preset,
+            features,
+            criterion,
+            length,
+            batch_size,
+            max_tokens,
+            drop,
+            given,
+            has_text=bool(text) or model == "demo",
+        )
         loaded, tokenizer = _load(model, dtype, device)
         if nbl.linearized_layers(loaded):
             raise ValueError(
                 f"model: expected one with all its attention layers, but {model!r} is compressed "
-                "already: start from the original")
+                "already: start from the original"
+            )
         asked = _parse_layers(layers, loaded.config.num_hidden_layers)
         need_text = given is None or plan.criterion == "loss"
-        documents, sources = _documents(model, text, plan.max_tokens) if (
-            need_text or (evaluate and not eval_text)) else ([], [])
+        documents, sources = (
+            _documents(model, text, plan.max_tokens)
+            if (need_text or (evaluate and not eval_text))
+            else ([], [])
+        )
         held_out, eval_sources = [], eval_text
         if evaluate and (eval_text or model == "demo"):
             eval_sources = eval_text or ["demo:test"]
@@ -337,25 +410,41 @@ def compress(
             if given is not None:
                 raise ValueError(
                     "eval-text: expected with --calibration, as nbl cannot know which part of the "
-                    "text the calibration has not seen")
+                    "text the calibration has not seen"
+                )
             documents, held_out = split_documents(documents)
             eval_sources = [f"held out of {source}" for source in sources]
         batches = plan.batches(loaded, tokenizer, documents) if documents else []
         eval_batches = plan.batches(loaded, tokenizer, held_out, eval_tokens) if held_out else None
         notes = []
         if preset and given is None and count_tokens(batches) < PAPER["max_tokens"]:
-            notes = [f"preset paper: expected {PAPER['max_tokens']:,} tokens (256 x 2048), "
-                     f"calibrating on {count_tokens(batches):,}"]
+            notes = [
+                f"preset paper: expected {PAPER['max_tokens']:,} tokens (256 x 2048), "
+                f"calibrating on {count_tokens(batches):,}"
+            ]
 
         record = _record("compress", model, loaded)
         found = given or plan.calibrate(loaded, batches)
         measured, maps = _choose_and_measure(
-            loaded, found, plan, asked, batches, eval_batches,
-            bias=bias, ridge=ridge, rank=rank, drop=drop, sweep=sweep)
+            loaded,
+            found,
+            plan,
+            asked,
+            batches,
+            eval_batches,
+            bias=bias,
+            ridge=ridge,
+            rank=rank,
+            drop=drop,
+            sweep=sweep,
+        )
         record |= measured
         record["notes"] += notes
-        record["calibration"] = _calibration_part(plan, batches, sources) if given is None else {
-            "folder": str(calibration), "features": found.features}
+        record["calibration"] = (
+            _calibration_part(plan, batches, sources)
+            if given is None
+            else {"folder": str(calibration), "features": found.features}
+        )
         if eval_batches:
             record["evaluation"] = _evaluation_part(eval_batches, eval_sources)
         chosen = record["choice"]["layers"]
@@ -375,11 +464,18 @@ def compress(
 @_command
 def _eval(
     model: Model,
-    text: Annotated[list[str] | None, typer.Option(
-        "--text", metavar="PATH...", show_default="demo:test for the demo model",
-        help="Files, folders, - (stdin), dataset:NAME[:CONFIG][:SPLIT], demo:test.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(
-        min=2, help="Read at most so many tokens.", show_default="all")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="PATH...",
+            show_default="demo:test for the demo model",
+            help="Files, folders, - (stdin), dataset:NAME[:CONFIG][:SPLIT], demo:test.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read at most so many tokens.", show_default="all")
+    ] = None,
     length: Length = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
@@ -400,34 +496,47 @@ def _eval(
         found = nbl.perplexity(loaded, watch(batches, "evaluating"))
     seconds = time.perf_counter() - start
     result = {
-        "model": model, "text": sources, "perplexity": found.value, "nll": found.nll,
-        "tokens": found.tokens, "length": int(batches[0].shape[1]), "seconds": seconds,
+        "model": model,
+        "text": sources,
+        "perplexity": found.value,
+        "nll": found.nll,
+        "tokens": found.tokens,
+        "length": int(batches[0].shape[1]),
+        "seconds": seconds,
         "tokens_per_second": found.tokens / seconds,
         "linearized_layers": nbl.linearized_layers(loaded),
         "kv_bytes_per_token": measure.kv_bytes_per_token(loaded),
     }
-    _show_facts({
-        "perplexity": f"[bold]{found.value:,.3f}[/]",
-        "nll": f"{found.nll:.4f} nats per token",
-        "tokens": f"{found.tokens:,} predicted, in sequences of {result['length']}",
-        "speed": f"{result['tokens_per_second']:,.0f} tokens/s",
-        "linearized layers": ", ".join(map(str, result["linearized_layers"])) or "none",
-        "KV cache": f"{result['kv_bytes_per_token']:,} bytes per token",
-    })
+    _show_facts(
+        {
+            "perplexity": f"[bold]{found.value:,.3f}[/]",
+            "nll": f"{found.nll:.4f} nats per token",
+            "tokens": f"{found.tokens:,} predicted, in sequences of {result['length']}",
+            "speed": f"{result['tokens_per_second']:,.0f} tokens/s",
+            "linearized layers": ", ".join(map(str, result["linearized_layers"])) or "none",
+            "KV cache": f"{result['kv_bytes_per_token']:,} bytes per token",
+        }
+    )
     return result
 
 
 @_command
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(
-        help="Text to continue; - reads stdin.", show_default=False)] = ...,
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue; - reads stdin.", show_default=False)
+    ] = ...,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(
-        min=0, max=1, help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(
-        min=0, help="Sample from the K likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Sample from the likeliest tokens of this total probability."
+        ),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: from all.")
+    ] = 0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -447,33 +556,52 @@ def generate(
     if ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"max-new-tokens: expected at most {max(0, limit - ids.shape[1])} after a prompt of "
-            f"{ids.shape[1]} tokens (the model's limit is {limit}), got {max_new_tokens}")
+            f"{ids.shape[1]} tokens (the model's limit is {limit}), got {max_new_tokens}"
+        )
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {"do_sample": False}
     if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1e-9,
-                    "top_k": top_k}
+        sampling = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p or 1e-9,
+            "top_k": top_k,
+        }
     result = _continue(loaded, tokenizer, ids, max_new_tokens, stream=True, **sampling)
     result = {"model": model, "prompt": prompt, **result, "seed": seed}
     speed = result["decode_tokens_per_second"]
     _err.print(
         f"prompt {result['prompt_tokens']} tokens, {result['prefill_tokens_per_second']:,.0f} "
         f"tokens/s; {result['new_tokens']} new tokens"
-        + (f", {speed:,.1f} tokens/s" if speed else ""), style="dim")
+        + (f", {speed:,.1f} tokens/s" if speed else ""),
+        style="dim",
+    )
     return result
 
 
 @_command
 def _report(
-    folder: Annotated[Path, typer.Argument(
-        metavar="DIR", help="Folder written by calibrate, compress or demo.", show_default=False)],
-    output: Annotated[Path | None, typer.Option(
-        "-o", "--output", metavar="FILE", help="The HTML file.",
-        show_default="DIR/nbl_report.html")] = None,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder written by calibrate, compress or demo.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The HTML file.",
+            show_default="DIR/nbl_report.html",
+        ),
+    ] = None,
     png: Annotated[bool, typer.Option("--png", help="Also write the plots, beside it.")] = False,
-    overwrite: Annotated[bool, typer.Option(
-        "--overwrite", help="Replace a file that nbl report did not write.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that nbl report did not write.")
+    ] = False,
     as_json: Json = False,
 ) -> dict:
     """Write what a run measured as one HTML file that needs nothing else.
@@ -494,8 +622,9 @@ def _report(
 
 @_command
 def demo(
-    output: Annotated[Path, typer.Option(
-        "-o", "--output", metavar="DIR", help="Folder to create.")] = Path("nbl-demo"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")
+    ] = Path("nbl-demo"),
     overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -512,15 +641,18 @@ def demo(
         batches = plan.batches(loaded, tokenizer, load_texts(["demo:calibration"]))
         eval_batches = plan.batches(loaded, tokenizer, load_texts(["demo:test"]), 16_384)
         record = _record("demo", "demo", loaded)
-        _show_facts({
-            "model": f"{count} layers of width {loaded.config.hidden_size}, "
-                     f"{record['model']['parameters']:,} parameters, trained on Python's own docs",
-            "calibration": f"{count_tokens(batches):,} tokens",
-            "held out": f"{count_tokens(eval_batches):,} tokens of other files",
-        })
+        _show_facts(
+            {
+                "model": f"{count} layers of width {loaded.config.hidden_size}, "
+                f"{record['model']['parameters']:,} parameters, trained on Python's own docs",
+                "calibration": f"{count_tokens(batches):,} tokens",
+                "held out": f"{count_tokens(eval_batches):,} tokens of other files",
+            }
+        )
         found = plan.calibrate(loaded, batches)
         measured, maps = _choose_and_measure(
-            loaded, found, plan, count - 2, batches, eval_batches, sweep=True)
+            loaded, found, plan, count - 2, batches, eval_batches, sweep=True
+        )
         record |= measured
         record["calibration"] = _calibration_part(plan, batches, ["demo:calibration"])
         record["evaluation"] = _evaluation_part(eval_batches, ["demo:test"])
@@ -542,9 +674,11 @@ def demo(
         _save(loaded, tokenizer, folder, record, start, reload_with=eval_batches[0][:1])
         if _has_matplotlib():
             (folder / report.HTML).write_bytes(report.render_html(record).encode())
-    _out.print(f"[bold]{name}[/] is saved in {escape(str(output))}, and loads again with\n"
-               f"    import nbl; AutoModelForCausalLM.from_pretrained({escape(repr(str(output)))})",
-               soft_wrap=True)
+    _out.print(
+        f"[bold]{name}[/] is saved in {escape(str(output))}, and loads again with\n"
+        f"    import nbl; AutoModelForCausalLM.from_pretrained({escape(repr(str(output)))})",
+        soft_wrap=True,
+    )
     if _has_matplotlib():
         _out.print(f"The report, with plots: {escape(str(output / report.HTML))}", soft_wrap=True)
     _done(output, start)
@@ -564,12 +698,18 @@ def doctor(as_json: Json = False, threads: Threads = None) -> dict:
     table = Table.grid(padding=(0, 2))
     for finding in diagnosis["findings"]:
         status = finding["status"]
-        table.add_row(Text(status.upper() if status == "problem" else status, styles[status]),
-                      escape(finding["name"]), escape(finding["detail"]))
+        table.add_row(
+            Text(status.upper() if status == "problem" else status, styles[status]),
+            escape(finding["name"]),
+            escape(finding["detail"]),
+        )
     _out.print(table)
     problems = sum(finding["status"] == "problem" for finding in diagnosis["findings"])
-    _out.print(Text(f"{problems} problem(s) found", "bold red") if problems else
-               Text("everything works", "bold green"))
+    _out.print(
+        Text(f"{problems} problem(s) found", "bold red")
+        if problems
+        else Text("everything works", "bold green")
+    )
     return diagnosis
 
 
@@ -595,13 +735,16 @@ class _Plan:
         features = features or base.get("features")
         if given and features and features != given.features:
             raise ValueError(
-                f"features: expected {given.features}, as the calibration has, got {features}")
+                f"features: expected {given.features}, as the calibration has, got {features}"
+            )
         fallback = "cosine" if drop else "loss" if has_text else "residual"
         return cls(
             features or (given.features if given else "post-norm"),
             criterion or base.get("criterion") or fallback,
-            length, batch_size,
-            max_tokens or base.get("max_tokens") or CALIBRATION_TOKENS)
+            length,
+            batch_size,
+            max_tokens or base.get("max_tokens") or CALIBRATION_TOKENS,
+        )
 
     def batches(self, model, tokenizer, documents, max_tokens: int | None = None) -> list:
         limit = _limit(model)
@@ -609,19 +752,38 @@ class _Plan:
         if length > limit:
             raise ValueError(f"length: expected at most {limit}, the model's limit, got {length}")
         batch_size = self.batch_size or max(1, 2048 // length)
-        return token_batches(tokenizer, documents, length=length, batch_size=batch_size,
-                             max_tokens=max_tokens or self.max_tokens)
+        return token_batches(
+            tokenizer,
+            documents,
+            length=length,
+            batch_size=batch_size,
+            max_tokens=max_tokens or self.max_tokens,
+        )
 
     def calibrate(self, model, batches, checkpoint: Path | None = None):
         with _progress() as bars:
             return nbl.calibrate(
-                model, bars(batches, "calibrating"), features=self.features, progress=False,
-                checkpoint=checkpoint)
+                model,
+                bars(batches, "calibrating"),
+                features=self.features,
+                progress=False,
+                checkpoint=checkpoint,
+            )
 
 
 def _choose_and_measure(
-    model, calibration, plan, asked, batches, eval_batches, *,
-    bias=True, ridge=1e-4, rank=None, drop=False, sweep=False,
+    model,
+    calibration,
+    plan,
+    asked,
+    batches,
+    eval_batches,
+    *,
+    bias=True,
+    ridge=1e-4,
+    rank=None,
+    drop=False,
+    sweep=False,
 ) -> tuple[dict, dict]:
     """(scores, choice, points, notes and speed of the record, the maps of the chosen layers).
 
@@ -631,42 +793,72 @@ def _choose_and_measure(
     sample = _first(batches, LOSS_TOKENS) if by_number and plan.criterion == "loss" else None
     with _progress() as bars:
         scores = measure.score_layers(
-            calibration, model=model, ridge=ridge, bias=bias, rank=rank, batches=sample and bars(
-                sample, "ranking layers", passes=len(calibration.layers) + 1))
+            calibration,
+            model=model,
+            ridge=ridge,
+            bias=bias,
+            rank=rank,
+            batches=sample and bars(sample, "ranking layers", passes=len(calibration.layers) + 1),
+        )
     chosen = measure.order(scores[plan.criterion])[:asked] if by_number else asked
-    choice = {"method": "drop" if drop else "nbl", "layers": chosen,
-              "criterion": plan.criterion if by_number else "the user"}
+    choice = {
+        "method": "drop" if drop else "nbl",
+        "layers": chosen,
+        "criterion": plan.criterion if by_number else "the user",
+    }
     maps = calibration.solve(ridge=ridge, bias=bias, rank=rank, layers=chosen)
     if not drop:
         choice |= {
-            "features": calibration.features, "bias": bias, "rank": rank, "ridge": ridge,
+            "features": calibration.features,
+            "bias": bias,
+            "rank": rank,
+            "ridge": ridge,
             "ridge_used": {layer: float(maps[layer].ridge) for layer in chosen},
             "nmse": {layer: float(maps[layer].nmse) for layer in chosen},
         }
     options = {"bias": bias, "rank": rank, "maps": maps}
     choices = [chosen[:m] for m in range(1, len(chosen) + 1)] if sweep else [chosen]
-    record = {"scores": scores, "choice": choice,
-              "notes": measure.disagreements(scores, None if sweep else len(chosen))
-              if by_number else []}
+    record = {
+        "scores": scores,
+        "choice": choice,
+        "notes": measure.disagreements(scores, None if sweep else len(chosen)) if by_number else [],
+    }
     with _progress() as bars:
         passes = 1 + 3 * len(choices)
         record["points"] = measure.measure_points(
-            model, calibration, choices, measure.order(scores["cosine"]), batches=eval_batches,
-            options=options, drop=drop, watch=bars.together("measuring perplexity", passes))
+            model,
+            calibration,
+            choices,
+            measure.order(scores["cosine"]),
+            batches=eval_batches,
+            options=options,
+            drop=drop,
+            watch=bars.together("measuring perplexity", passes),
+        )
     if eval_batches:
         _err.print("measuring speed ...", style="dim")
         new_tokens, repetitions = 32, 5
         prompt = eval_batches[0][:1, : max(1, min(256, _limit(model) - new_tokens))]
         speeds = measure.compare_speed(
             model,
-            [functools.partial(
-                measure.variant, model, calibration, point["layers"], options, drop=drop)
-             for point in record["points"]],
-            prompt, new_tokens=new_tokens, repetitions=repetitions)
+            [
+                functools.partial(
+                    measure.variant, model, calibration, point["layers"], options, drop=drop
+                )
+                for point in record["points"]
+            ],
+            prompt,
+            new_tokens=new_tokens,
+            repetitions=repetitions,
+        )
         for point, speed in zip(record["points"], speeds, strict=True):
             point.update(speed)
-        record["speed"] = {"prompt_tokens": prompt.shape[1], "new_tokens": new_tokens, "batch": 1,
-                           "repetitions": repetitions}
+        record["speed"] = {
+            "prompt_tokens": prompt.shape[1],
+            "new_tokens": new_tokens,
+            "batch": 1,
+            "repetitions": repetitions,
+        }
     return record, maps
 
 
@@ -678,8 +870,7 @@ def _load(name: str, dtype: str, device: str):
 
         if not (demo.model_dir() / "config.json").is_file():
             raise ValueError("model: this installation of nbl lacks the demo model, give another")
-        model, tokenizer = demo.load(
-            torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        model, tokenizer = demo.load(torch.float32 if dtype == "auto" else getattr(torch, dtype))
         return model.to(target), tokenizer
     expected = f"model: expected a folder with a model, a hub name or 'demo', got {name!r}"
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
@@ -689,7 +880,8 @@ def _load(name: str, dtype: str, device: str):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{expected}: {reason}") from error
@@ -704,8 +896,10 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r} "
-                         "(nbl doctor says what is missing)")
+        raise ValueError(
+            f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r} "
+            "(nbl doctor says what is missing)"
+        )
     return device
 
 
@@ -733,8 +927,11 @@ def _parse_layers(given: str, count: int) -> int | list[int]:
         raise ValueError(f"{wanted}, got {given!r}") from None
     if "," not in given and ids and 1 <= ids[0] <= count:
         return ids[0]
-    if "," not in given or not ids or len(set(ids)) < len(ids) or not all(
-        0 <= layer < count for layer in ids
+    if (
+        "," not in given
+        or not ids
+        or len(set(ids)) < len(ids)
+        or not all(0 <= layer < count for layer in ids)
     ):
         raise ValueError(f"{wanted}, got {given!r}")
     return ids
@@ -761,11 +958,16 @@ def _continue(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.inference_mode():
         tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-            pad_token_id=0 if pad is None else pad, streamer=watch, **sampling)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=0 if pad is None else pad,
+            streamer=watch,
+            **sampling,
+        )
     if stream:
         printer.end()
-    new = tokens[0, ids.shape[1]:]
+    new = tokens[0, ids.shape[1] :]
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "prompt_tokens": ids.shape[1],
@@ -800,8 +1002,12 @@ def _record(command: str, name: str, model) -> dict:
 
 
 def _calibration_part(plan: _Plan, batches: list, sources: list[str]) -> dict:
-    return {"text": sources, "tokens": count_tokens(batches), "length": batches[0].shape[1],
-            "features": plan.features}
+    return {
+        "text": sources,
+        "tokens": count_tokens(batches),
+        "length": batches[0].shape[1],
+        "features": plan.features,
+    }
 
 
 def _evaluation_part(batches: list, sources: list[str]) -> dict:
@@ -861,8 +1067,13 @@ class _TokensPerSecond(ProgressColumn):
 
 @contextlib.contextmanager
 def _progress() -> Iterator[_Bars]:
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(),
-               _TokensPerSecond(), TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        _TokensPerSecond(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     progress = Progress(*columns, console=_err)
     try:
         yield _Bars(progress)
@@ -883,7 +1094,8 @@ def _show_scores(scores: dict[str, list], chosen: Iterable[int] = ()) -> None:
         for name, values in scores.items():
             known = layer < len(values) and values[layer] is not None
             cells.append(
-                f"{places[name].index(layer) + 1}  [dim]{values[layer]:8.3g}[/]" if known else "")
+                f"{places[name].index(layer) + 1}  [dim]{values[layer]:8.3g}[/]" if known else ""
+            )
         table.add_row(str(layer), *cells, style="bold cyan" if layer in chosen else None)
     _out.print(table)
 
@@ -892,8 +1104,11 @@ def _show_points(record: dict) -> None:
     points = record["points"]
     dense = points[0]
     evaluated = "perplexity" in dense
-    table = _table("Perplexity and cost, against the dense model and against dropping attention"
-                   if evaluated else "Cost, against the dense model")
+    table = _table(
+        "Perplexity and cost, against the dense model and against dropping attention"
+        if evaluated
+        else "Cost, against the dense model"
+    )
     quality = ("NBL", "drop,\ncosine", "drop,\nsame") if evaluated else ()
     speed = ("prefill\ntokens/s", "decode\ntokens/s") if evaluated else ()
     table.add_column("m", justify="right")
@@ -909,8 +1124,10 @@ def _show_points(record: dict) -> None:
                 f"{point['drop']['perplexity']:.2f}" if m else "",
                 f"{point['drop_same']['perplexity']:.2f}" if m else "",
                 *cells,
-                *(f"{point[kind]:,.0f} [dim]{point[kind] / dense[kind]:.2f}x[/]"
-                  for kind in ("prefill", "decode")),
+                *(
+                    f"{point[kind]:,.0f} [dim]{point[kind] / dense[kind]:.2f}x[/]"
+                    for kind in ("prefill", "decode")
+                ),
             ]
         table.add_row(str(m), ",".join(map(str, point["layers"])) or "dense", *cells)
     _out.print(table)
@@ -920,12 +1137,20 @@ def _show_points(record: dict) -> None:
         _out.print(
             f"KV bytes and speed are those of {name}: batch 1, {shape['prompt_tokens']} + "
             f"{shape['new_tokens']} tokens, medians of {shape['repetitions']} interleaved "
-            "repetitions.", style="dim")
+            "repetitions.",
+            style="dim",
+        )
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
-                 padding=(0, 1), pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
 
 
 def _show_facts(facts: dict[str, str]) -> None:
@@ -941,8 +1166,10 @@ def _note(message: str) -> None:
 
 
 def _done(output: Path, start: float) -> None:
-    _out.print(f"[green]done[/] in {time.perf_counter() - start:.0f} s: {escape(str(output))}",
-               soft_wrap=True)
+    _out.print(
+        f"[green]done[/] in {time.perf_counter() - start:.0f} s: {escape(str(output))}",
+        soft_wrap=True,
+    )
 
 
 def _has_matplotlib() -> bool:

@@ -119,22 +119,30 @@ def _check_statistics(nk, random: Callable) -> Iterator[Finding]:
     cov_ff, cov_tf, cov_tt = f.T @ f / 399, t.T @ f / 399, t.T @ t / 399
     # The solver and the bound are judged on exact moments, so that each op is to blame for itself.
     exact = nk.Moments(
-        count=400, mean_features=features.double().mean(0), mean_targets=targets.double().mean(0),
-        cov_ff=cov_ff, cov_tf=cov_tf, cov_tt=cov_tt)
+        count=400,
+        mean_features=features.double().mean(0),
+        mean_targets=targets.double().mean(0),
+        cov_ff=cov_ff,
+        cov_tf=cov_tf,
+        cov_tt=cov_tt,
+    )
 
     def covariance():
         accumulator = nk.CovarianceAccumulator(24, 24)
         accumulator.update(features[:150], targets[:150])
         accumulator.update(features[150:], targets[150:])
         found = accumulator.moments()
-        return (torch.stack([found.cov_ff, found.cov_tf, found.cov_tt]),
-                torch.stack([cov_ff, cov_tf, cov_tt]))
+        return (
+            torch.stack([found.cov_ff, found.cov_tf, found.cov_tt]),
+            torch.stack([cov_ff, cov_tf, cov_tt]),
+        )
 
     def solve():
         weight, nmse = nk.lmmse_solve_ref(cov_ff, cov_tf, cov_tt, ridge=1e-4)
         found = nk.lmmse_solve(exact, ridge=1e-4)
         return torch.cat([found.weight.flatten(), found.nmse.reshape(1)]), torch.cat(
-            [weight.flatten(), nmse.reshape(1)])
+            [weight.flatten(), nmse.reshape(1)]
+        )
 
     def bound():
         expected = nk.cca_bound_ref(cov_ff, cov_tf + cov_ff, cov_tt + cov_tf + cov_tf.T + cov_ff)
@@ -154,8 +162,11 @@ def _check_statistics(nk, random: Callable) -> Iterator[Finding]:
         if error <= allowed:
             yield Finding("ok", name, "agrees with its reference")
         else:
-            yield Finding("problem", name, f"expected a relative error of at most {allowed:.0e}, "
-                          f"got {error:.1e}")
+            yield Finding(
+                "problem",
+                name,
+                f"expected a relative error of at most {allowed:.0e}, got {error:.1e}",
+            )
 
 
 def _compare(op: Callable, reference: Callable, arguments: list[torch.Tensor]) -> str | None:
@@ -167,8 +178,9 @@ def _compare(op: Callable, reference: Callable, arguments: list[torch.Tensor]) -
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if found.shape != exact.shape or found.dtype != plain.dtype:
-        return (f"expected {tuple(exact.shape)} {plain.dtype}, "
-                f"got {tuple(found.shape)} {found.dtype}")
+        return (
+            f"expected {tuple(exact.shape)} {plain.dtype}, got {tuple(found.shape)} {found.dtype}"
+        )
     rounding = torch.finfo(plain.dtype).eps * float(exact.abs().max())
     allowed = 2 * float((plain.double() - exact).abs().max()) + rounding
     error = float((found.double() - exact).abs().max())
@@ -187,18 +199,25 @@ def _environment() -> Iterator[Finding]:
             continue
         number = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
         wanted = ".".join(map(str, oldest))
-        yield Finding("ok", name, version) if number >= oldest else Finding(
-            "problem", name, f"expected {wanted} or newer, got {version}")
-    yield Finding("ok", "processor", f"{_processor()}, {os.cpu_count()} cores, "
-                  f"{torch.get_num_threads()} threads used by torch")
+        yield (
+            Finding("ok", name, version)
+            if number >= oldest
+            else Finding("problem", name, f"expected {wanted} or newer, got {version}")
+        )
+    yield Finding(
+        "ok",
+        "processor",
+        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
+    )
     if torch.cuda.is_available():
         yield Finding("ok", "GPU", torch.cuda.get_device_name())
     else:
         yield Finding("note", "GPU", f"none in use: {_cuda_reason()}")
     for name, use in OPTIONAL.items():
         version = found[name]
-        yield Finding("ok" if version else "note", name,
-                      version or f"not installed (only for: {use})")
+        yield Finding(
+            "ok" if version else "note", name, version or f"not installed (only for: {use})"
+        )
 
 
 def _build(build: dict) -> Iterator[Finding]:

@@ -54,7 +54,8 @@ def disagreements(scores: dict[str, list], count: int | None = None) -> list[str
         if differ > count / 4:
             notes.append(
                 f"{name} and {reference} disagree on {differ} of the first {count} layers: "
-                f"{_ids(first)} by {name}, {_ids(right[:count])} by {reference}")
+                f"{_ids(first)} by {name}, {_ids(right[:count])} by {reference}"
+            )
     return notes
 
 
@@ -63,8 +64,11 @@ def kv_bytes_per_token(model) -> int:
     tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     with torch.inference_mode():
         cache = model(tokens, use_cache=True).past_key_values
-    held = [tensor for layer in cache.layers
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    held = [
+        tensor
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
     return sum(t.numel() * t.element_size() for t in held if t is not None) // tokens.shape[1]
 
 
@@ -120,14 +124,21 @@ def compare_speed(
             with as_variant(), torch.inference_mode():
                 watch = Stopwatch()
                 model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                    max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=watch,
-                    pad_token_id=0)
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=False,
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    streamer=watch,
+                    pad_token_id=0,
+                )
             if repetition:
                 prefill.append(prompt.shape[1] / watch.prefill)
                 decode.append(1 / watch.decode)
-    return [{"prefill": statistics.median(prefill), "decode": statistics.median(decode)}
-            for prefill, decode in seen]
+    return [
+        {"prefill": statistics.median(prefill), "decode": statistics.median(decode)}
+        for prefill, decode in seen
+    ]
 
 
 def measure_points(

@@ -49,7 +49,8 @@ def write_file(path: str | Path, data: bytes, *, overwrite: bool = False) -> Non
     path = Path(os.path.realpath(path))
     if path.exists() and not (overwrite or _from_report(path)):
         raise FileExistsError(
-            f"output: expected a new file, but {str(path)!r} exists (--overwrite replaces it)")
+            f"output: expected a new file, but {str(path)!r} exists (--overwrite replaces it)"
+        )
     _check_parent(path)
     temporary = _beside(path)
     try:
@@ -90,7 +91,8 @@ def _check_folder(target: Path, overwrite: bool) -> None:
     if present and not overwrite:
         raise FileExistsError(
             f"output: expected a new or empty folder, but {str(target)!r} is not empty "
-            "(--overwrite replaces what nbl wrote there)")
+            "(--overwrite replaces what nbl wrote there)"
+        )
     try:
         listed = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
         ours = {str(name) for name in listed}
@@ -100,13 +102,15 @@ def _check_folder(target: Path, overwrite: bool) -> None:
     if foreign:
         raise FileExistsError(
             f"output: {str(target)!r} is not replaced, because nbl did not write {foreign[0]!r} "
-            "in it: move it or choose another folder")
+            "in it: move it or choose another folder"
+        )
 
 
 def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"output: expected a path in an existing folder, but {str(path.parent)!r} is none")
+            f"output: expected a path in an existing folder, but {str(path.parent)!r} is none"
+        )
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"output: no permission to write in {str(path.parent)!r}")
 
@@ -117,8 +121,11 @@ def _beside(path: Path) -> Path:
 
 def _files(folder: Path) -> set[str]:
     """Everything below the folder but plain folders themselves, unless these are empty."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")
-            if path.is_symlink() or not path.is_dir() or not any(path.iterdir())}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    }
 
 
 def _from_report(path: Path) -> bool:

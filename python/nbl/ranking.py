@@ -78,7 +78,8 @@ def _loss(
     family_of(model)
     check_one_device(model)
     check_calibration(model, cal)
-    batches = list(batches)
+    if iter(batches) is batches:  # a generator: the text is read once per layer
+        batches = list(batches)
     layers = [i for i in cal.layers if i not in linearized_layers(model)]
     maps = cal.solve(**options, layers=layers)
     spec = LayerSpec("linear", cal.features, options["bias"], options["rank"])

@@ -102,13 +102,27 @@ def _draw(draw: Callable, record: dict, theme: _Theme, kind: str) -> bytes | Non
     from matplotlib.figure import Figure
 
     settings = {
-        "font.family": "DejaVu Sans", "font.size": 10, "text.color": theme.ink,
-        "axes.edgecolor": theme.muted, "axes.labelcolor": theme.ink, "axes.linewidth": 0.8,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-        "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 8,
-        "xtick.color": theme.muted, "ytick.color": theme.muted, "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink, "grid.color": theme.grid, "grid.linewidth": 0.8,
-        "lines.linewidth": 2, "lines.markersize": 6, "svg.hashsalt": "nbl",
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "text.color": theme.ink,
+        "axes.edgecolor": theme.muted,
+        "axes.labelcolor": theme.ink,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 8,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.labelcolor": theme.ink,
+        "ytick.labelcolor": theme.ink,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "lines.linewidth": 2,
+        "lines.markersize": 6,
+        "svg.hashsalt": "nbl",
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
@@ -116,8 +130,9 @@ def _draw(draw: Callable, record: dict, theme: _Theme, kind: str) -> bytes | Non
             return None
         data = io.BytesIO()
         if kind == "png":
-            figure.savefig(data, format="png", dpi=200, facecolor=theme.paper,
-                           metadata={"Software": MARK})
+            figure.savefig(
+                data, format="png", dpi=200, facecolor=theme.paper, metadata={"Software": MARK}
+            )
         else:
             blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             figure.savefig(data, format="svg", transparent=True, metadata=blank)
@@ -146,8 +161,15 @@ def _plot_layers(figure, record, theme):
         if len(scores) <= 16:
             for layer, score in enumerate(scores):
                 if score is not None:
-                    axes.annotate(_short(score), (layer, score), (0, 3), ha="center",
-                                  textcoords="offset points", fontsize=8, color=theme.muted)
+                    axes.annotate(
+                        _short(score),
+                        (layer, score),
+                        (0, 3),
+                        ha="center",
+                        textcoords="offset points",
+                        fontsize=8,
+                        color=theme.muted,
+                    )
     axes.set_xlabel("layer" + (" (filled: replaced)" if chosen else ""))
     axes.set_xticks(range(0, len(scores), max(1, len(scores) // 16)))
     return True
@@ -188,8 +210,11 @@ def _plot_perplexity(figure, record, theme):
 
 
 def _plot_memory(figure, record, theme):
-    named = [(name, p) for name, p in zip(_names(record), _points(record), strict=True)
-             if _number(p.get("kv_bytes_per_token")) is not None]
+    named = [
+        (name, p)
+        for name, p in zip(_names(record), _points(record), strict=True)
+        if _number(p.get("kv_bytes_per_token")) is not None
+    ]
     points = [p for _, p in named]
     if len(points) < 2 or not points[0]["kv_bytes_per_token"]:
         return False
@@ -202,8 +227,14 @@ def _plot_memory(figure, record, theme):
         bar.set_color(theme.nbl if point["layers"] else theme.muted)
         share = f"{value / values[0] - 1:+.0%}".replace("-", "−") if point["layers"] else ""
         shown = f"{value:,}" if scale == 1 else f"{value / scale:,.1f}"
-        axes.annotate(f"{shown}  {share}", (value / scale, _middle(bar)),
-                      (5, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{shown}  {share}",
+            (value / scale, _middle(bar)),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.set_yticks(range(len(points)), [name for name, _ in named])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
@@ -215,8 +246,11 @@ def _plot_memory(figure, record, theme):
 
 
 def _plot_speed(figure, record, theme):
-    named = [(name, p) for name, p in zip(_names(record), _points(record), strict=True)
-             if _number(p.get("decode")) and _number(p.get("prefill"))]
+    named = [
+        (name, p)
+        for name, p in zip(_names(record), _points(record), strict=True)
+        if _number(p.get("decode")) and _number(p.get("prefill"))
+    ]
     points = [p for _, p in named]
     if len(points) < 2:
         return False
@@ -226,8 +260,14 @@ def _plot_speed(figure, record, theme):
         for bar, point in zip(bars, points, strict=True):
             bar.set_color(theme.nbl if point["layers"] else theme.muted)
             ratio = f"  {point[kind] / points[0][kind]:.2f}×" if point["layers"] else ""
-            axes.annotate(f"{point[kind]:,.0f}{ratio}", (point[kind], _middle(bar)), (4, 0),
-                          textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{point[kind]:,.0f}{ratio}",
+                (point[kind], _middle(bar)),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
         axes.set_title(f"{kind.capitalize()}, tokens/s")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -284,9 +324,17 @@ def _label_ends(axes, labels: list[tuple[float, float, str, str]]) -> None:
         at = axes.transData.transform((x, y))[1]
         shifted = max(at, previous + height)
         previous = shifted
-        axes.annotate(name, (x, y), (9, (shifted - at) * 72 / axes.figure.dpi), color=colour,
-                      textcoords="offset points", va="center", fontsize=9, fontweight="bold",
-                      annotation_clip=False)
+        axes.annotate(
+            name,
+            (x, y),
+            (9, (shifted - at) * 72 / axes.figure.dpi),
+            color=colour,
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            annotation_clip=False,
+        )
 
 
 # ---- page --------------------------------------------------------------------------------------
@@ -332,9 +380,11 @@ def _headline(record: dict) -> str:
     """What was done, and the two or three figures that matter, before against after."""
     choice, points = _choice(record), _points(record)
     model = _part(record, "model")
-    facts = [f"{model['layers']} layers" if "layers" in model else None,
-             f"{_plain_number(model['parameters'])} parameters" if "parameters" in model else None,
-             str(model["type"]) if "type" in model else None]
+    facts = [
+        f"{model['layers']} layers" if "layers" in model else None,
+        f"{_plain_number(model['parameters'])} parameters" if "parameters" in model else None,
+        str(model["type"]) if "type" in model else None,
+    ]
     line = " · ".join(escape(fact) for fact in facts if fact)
     if choice["layers"]:
         line += f"<br>Replaced: layers {_ids(choice['layers'])}"
@@ -348,8 +398,10 @@ def _headline(record: dict) -> str:
             instead, other = after.get("perplexity"), "NBL"
             after = {**after, "perplexity": _part(after, "drop_same").get("perplexity")}
         for key, name in (
-            ("perplexity", "perplexity"), ("kv_bytes_per_token", "KV bytes per token"),
-            ("prefill", "prefill, tokens/s"), ("decode", "decode, tokens/s"),
+            ("perplexity", "perplexity"),
+            ("kv_bytes_per_token", "KV bytes per token"),
+            ("prefill", "prefill, tokens/s"),
+            ("decode", "decode, tokens/s"),
         ):
             old, new = _number(dense.get(key)), _number(after.get(key))
             if not old or new is None:
@@ -364,10 +416,15 @@ def _headline(record: dict) -> str:
                 f"<div>dense: {_plain_number(old)}</div><div>{escape(change)}</div></div>"
             )
     notes = record.get("notes")
-    notes = "".join(f'<p class="note">{escape(str(note))}</p>'
-                    for note in (notes if isinstance(notes, list) else []))
-    return (f"<header><h1>{escape(_title(record))}</h1><p>{line}</p></header>"
-            + (f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "") + notes)
+    notes = "".join(
+        f'<p class="note">{escape(str(note))}</p>'
+        for note in (notes if isinstance(notes, list) else [])
+    )
+    return (
+        f"<header><h1>{escape(_title(record))}</h1><p>{line}</p></header>"
+        + (f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "")
+        + notes
+    )
 
 
 def _measurements(record: dict) -> str:
@@ -384,11 +441,15 @@ def _measurements(record: dict) -> str:
         "decode tokens/s": lambda p: _plain_number(p.get("decode")),
     }
     head = ["model", *columns]
-    rows = [[name, *(value(point) for value in columns.values())]
-            for name, point in zip(_names(record), points, strict=True)]
+    rows = [
+        [name, *(value(point) for value in columns.values())]
+        for name, point in zip(_names(record), points, strict=True)
+    ]
     keep = [i for i in range(len(head)) if any(row[i] != _NONE for row in rows)]
-    return _section("Measurements", _table(
-        [head[i] for i in keep], [[row[i] for i in keep] for row in rows], text_columns=2))
+    return _section(
+        "Measurements",
+        _table([head[i] for i in keep], [[row[i] for i in keep] for row in rows], text_columns=2),
+    )
 
 
 def _criteria(record: dict) -> str:
@@ -396,8 +457,10 @@ def _criteria(record: dict) -> str:
     if not scores:
         return _section("Criteria", '<p class="missing">Not in this record.</p>')
     chosen = set(_choice(record)["layers"])
-    ranks = {name: {layer: n for n, layer in enumerate(order(values), 1)}
-             for name, values in scores.items()}
+    ranks = {
+        name: {layer: n for n, layer in enumerate(order(values), 1)}
+        for name, values in scores.items()
+    }
     head = "".join(f"<th>{escape(name)}</th>" for name in scores)
     rows = []
     for layer in range(max(map(len, scores.values()))):
@@ -416,12 +479,14 @@ def _criteria(record: dict) -> str:
             )
         css = ' class="chosen"' if layer in chosen else ""
         rows.append(f"<tr{css}>{''.join(cells)}</tr>")
-    keys = "".join(f"<dt>{escape(name)}</dt><dd>{escape(CRITERIA.get(name, ''))}</dd>"
-                   for name in scores)
+    keys = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(CRITERIA.get(name, ''))}</dd>" for name in scores
+    )
     return _section(
         "Criteria",
         "<p>The order in which each criterion would replace the layers (1 = first), and its score."
-        + (" The layers replaced are marked." if chosen else "") + "</p>"
+        + (" The layers replaced are marked." if chosen else "")
+        + "</p>"
         f'<div class="scroll"><table class="criteria"><thead><tr><th>layer</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div><dl>{keys}</dl>",
     )
@@ -432,15 +497,20 @@ def _samples(record: dict) -> str:
     texts = _part(samples, "continuations")
     if not texts:
         return ""
-    items = "".join(f"<dt>{escape(str(name))}</dt><dd><pre>{escape(str(text))}</pre></dd>"
-                    for name, text in texts.items())
+    items = "".join(
+        f"<dt>{escape(str(name))}</dt><dd><pre>{escape(str(text))}</pre></dd>"
+        for name, text in texts.items()
+    )
     prompt = f"<dt>prompt</dt><dd><pre>{escape(str(samples.get('prompt', '')))}</pre></dd>"
     return _section("Samples", f'<dl class="samples">{prompt}{items}</dl>')
 
 
 def _conditions(record: dict) -> str:
-    rows = [(name, record[key]) for name, key in (("date", "date"), ("command", "command"))
-            if record.get(key)]
+    rows = [
+        (name, record[key])
+        for name, key in (("date", "date"), ("command", "command"))
+        if record.get(key)
+    ]
     if _number(record.get("seconds")) is not None:
         rows.append(("duration", f"{record['seconds']:.0f} s"))
     for part in ("conditions", "calibration", "evaluation", "speed", "choice"):
@@ -456,12 +526,16 @@ def _conditions(record: dict) -> str:
 
 def _table(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:
     def cells(row, tag):
-        return "".join(f"<{tag}{' class=text' if i < text_columns else ''}>{escape(cell)}</{tag}>"
-                       for i, cell in enumerate(row))
+        return "".join(
+            f"<{tag}{' class=text' if i < text_columns else ''}>{escape(cell)}</{tag}>"
+            for i, cell in enumerate(row)
+        )
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 # ---- the record, read without trust --------------------------------------------------------------
@@ -485,8 +559,11 @@ def _layers(part: dict) -> list[int]:
 
 
 def _scores(record: dict) -> dict[str, list]:
-    return {str(name): [_number(value) for value in values]
-            for name, values in _part(record, "scores").items() if isinstance(values, list)}
+    return {
+        str(name): [_number(value) for value in values]
+        for name, values in _part(record, "scores").items()
+        if isinstance(values, list)
+    }
 
 
 def _points(record: dict) -> list[dict]:
@@ -525,8 +602,11 @@ def _readable(value) -> str:
         return ", ".join(map(_readable, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return _plain_number(value) if isinstance(value, int) else (
-        f"{value:.4g}" if isinstance(value, float) else str(value))
+    return (
+        _plain_number(value)
+        if isinstance(value, int)
+        else (f"{value:.4g}" if isinstance(value, float) else str(value))
+    )
 
 
 def _ids(layers: list) -> str:

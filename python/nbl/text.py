@@ -149,12 +149,16 @@ def _folder(folder: Path) -> list[str]:
 def _file(path: Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(
-            f"text: expected a file or a folder, but {str(path)!r} does not exist")
+            f"text: expected a file or a folder, but {str(path)!r} does not exist"
+        )
     text = _decode(_read(path), str(path))
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         return [text]
-    return [_json_text(line, f"{path}:{number}")
-            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [
+        _json_text(line, f"{path}:{number}")
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def _read(path: Path, size: int = -1) -> bytes:
@@ -210,17 +214,18 @@ def _dataset(spec: str, max_chars: int | None) -> list[str]:
         parts = ["", *parts]
     config, split = (*parts, "", "")[:2]
     if not name or len(parts) > 2:
-        raise ValueError(
-            f"text: expected dataset:NAME[:CONFIG][:SPLIT], got {'dataset:' + spec!r}")
+        raise ValueError(f"text: expected dataset:NAME[:CONFIG][:SPLIT], got {'dataset:' + spec!r}")
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"text: 'dataset:{spec}' needs the datasets library: pip install datasets") from None
+            f"text: 'dataset:{spec}' needs the datasets library: pip install datasets"
+        ) from None
     try:
         # A slice of a split ("train[:1%]") is not possible while streaming, and needs none.
         rows = datasets.load_dataset(
-            name, config or None, split=split or "train", streaming="[" not in split)
+            name, config or None, split=split or "train", streaming="[" not in split
+        )
         documents, chars = [], 0
         for row in rows:
             if not isinstance(row.get("text"), str):

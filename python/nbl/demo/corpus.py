@@ -30,8 +30,16 @@ import torch
 SPLITS = {"test": (0, 8), "validation": (8, 12), "train": (12, 100), "calibration": (12, 37)}
 
 # Tests, other people's packages, and what some distributions leave out.
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip",
-            "lib2to3", "pydoc_data"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "ensurepip",
+    "lib2to3",
+    "pydoc_data",
+}
 _MIN_CHARS = 24
 
 
@@ -55,8 +63,10 @@ def token_batches(
     for text in documents(split):
         if max_tokens is not None and len(tokens) >= max_tokens:
             break
-        tokens += [tokenizer.eos_token_id,
-                   *tokenizer.encode(text, add_special_tokens=False, verbose=False)]
+        tokens += [
+            tokenizer.eos_token_id,
+            *tokenizer.encode(text, add_special_tokens=False, verbose=False),
+        ]
     usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
     rows = torch.tensor(tokens[: usable // length * length], dtype=torch.long).view(-1, length)
     return list(rows.split(batch_size)) if len(rows) else []
@@ -65,13 +75,18 @@ def token_batches(
 @functools.cache
 def _corpus() -> list[tuple[int, str]]:
     """(bucket, document) of every file, most protected first, without repeated paragraphs."""
-    files = sorted(((_bucket(name), name, parts) for name, parts in _files()),
-                   key=lambda file: (_protection(file[0]), file[1]))
+    files = sorted(
+        ((_bucket(name), name, parts) for name, parts in _files()),
+        key=lambda file: (_protection(file[0]), file[1]),
+    )
     seen: set[str] = set()
     corpus = []
     for bucket, name, parts in files:
-        kept = [f"{title}\n{text}".strip() for title, docstring in parts
-                if (text := _unseen(docstring, seen))]
+        kept = [
+            f"{title}\n{text}".strip()
+            for title, docstring in parts
+            if (text := _unseen(docstring, seen))
+        ]
         if kept:
             corpus.append((bucket, "\n\n".join([name, *kept]) + "\n"))
     return corpus

@@ -36,22 +36,42 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, length: int) -> PreTra
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
-        model_max_length=length, clean_up_tokenization_spaces=False)
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=length,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build_model(tokenizer, args: argparse.Namespace) -> LlamaForCausalLM:
     end = tokenizer.eos_token_id
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
-        max_position_embeddings=args.length, tie_word_embeddings=True,
-        bos_token_id=end, eos_token_id=end, pad_token_id=end))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            max_position_embeddings=args.length,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
 
 
 def add_dropout(model: LlamaForCausalLM, p: float) -> list:
@@ -60,6 +80,7 @@ def add_dropout(model: LlamaForCausalLM, p: float) -> list:
     Llama itself has dropout on attention weights only, which would rule out the fused attention.
     One mask for all tokens of a row costs next to nothing.
     """
+
     def hook(module, args, output):
         if not module.training:
             return output
@@ -104,9 +125,14 @@ def optimizers_of(model, args: argparse.Namespace) -> list[torch.optim.Optimizer
     return [
         torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay),
         torch.optim.AdamW(
-            [{"params": [model.model.embed_tokens.weight], "weight_decay": args.weight_decay},
-             {"params": gains, "weight_decay": 0.0}],
-            lr=args.lr, betas=(0.9, 0.98), fused=True),
+            [
+                {"params": [model.model.embed_tokens.weight], "weight_decay": args.weight_decay},
+                {"params": gains, "weight_decay": 0.0},
+            ],
+            lr=args.lr,
+            betas=(0.9, 0.98),
+            fused=True,
+        ),
     ]
 
 
@@ -120,8 +146,10 @@ def schedule(progress: float, warmup: float = 0.02, floor: float = 0.01) -> floa
 
 def train(model, tokenizer, args: argparse.Namespace) -> dict:
     """Trains in place, leaves the best weights in the model, returns the log."""
-    texts = [[tokenizer.eos_token_id, *tokenizer.encode(text, verbose=False)]
-             for text in documents("train")]
+    texts = [
+        [tokenizer.eos_token_id, *tokenizer.encode(text, verbose=False)]
+        for text in documents("train")
+    ]
     rows = shuffled_rows(texts, args.length, random.Random(args.seed))
     validation = token_batches(tokenizer, "validation", length=args.length, batch_size=8)
     optimizers = optimizers_of(model, args)
@@ -138,8 +166,15 @@ def train(model, tokenizer, args: argparse.Namespace) -> dict:
         spent = time.monotonic() - start
         if step and spent >= min(next_check, budget):
             loss = mean_loss(model, validation)
-            curve.append({"minutes": round(spent / 60, 2), "step": step, "tokens": tokens,
-                          "train_loss": round(running, 4), "validation_loss": round(loss, 4)})
+            curve.append(
+                {
+                    "minutes": round(spent / 60, 2),
+                    "step": step,
+                    "tokens": tokens,
+                    "train_loss": round(running, 4),
+                    "validation_loss": round(loss, 4),
+                }
+            )
             print(json.dumps(curve[-1]), flush=True)
             if loss < best:
                 best, best_weights = loss, copy.deepcopy(model.state_dict())
@@ -168,14 +203,20 @@ def train(model, tokenizer, args: argparse.Namespace) -> dict:
     for hook in hooks:
         hook.remove()
     model.load_state_dict(best_weights)
-    return {"steps": step, "tokens_seen": tokens, "epochs": round(tokens / sum(map(len, texts)), 1),
-            "wall_minutes": round((time.monotonic() - start) / 60, 1),
-            "best_validation_loss": round(best, 4), "curve": curve}
+    return {
+        "steps": step,
+        "tokens_seen": tokens,
+        "epochs": round(tokens / sum(map(len, texts)), 1),
+        "wall_minutes": round((time.monotonic() - start) / 60, 1),
+        "best_validation_loss": round(best, 4),
+        "curve": curve,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--minutes", type=float, default=40, help="training time")
     parser.add_argument("--start", type=Path, help="continue from this model, with its log")
@@ -204,8 +245,9 @@ def main(argv: list[str] | None = None) -> None:
         model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
         earlier = json.loads((args.start / "training_log.json").read_text())
     else:
-        tokenizer = train_tokenizer(documents("train"), vocab_size=args.vocab_size,
-                                    length=args.length)
+        tokenizer = train_tokenizer(
+            documents("train"), vocab_size=args.vocab_size, length=args.length
+        )
         model = build_model(tokenizer, args)
         earlier = None
     log = train(model, tokenizer, args)
@@ -213,24 +255,37 @@ def main(argv: list[str] | None = None) -> None:
     model = model.to(torch.bfloat16)  # as shipped; the perplexities below are of these weights
     model.float()
     perplexity = {
-        limit: math.exp(mean_loss(model, token_batches(
-            tokenizer, "test", length=args.length, batch_size=8, max_tokens=limit)))
-        for limit in (None, 4096)}
+        limit: math.exp(
+            mean_loss(
+                model,
+                token_batches(
+                    tokenizer, "test", length=args.length, batch_size=8, max_tokens=limit
+                ),
+            )
+        )
+        for limit in (None, 4096)
+    }
     log = {
         "test_perplexity": round(perplexity[None], 3),
         "test_perplexity_first_4096": round(perplexity[4096], 3),
         "test_perplexity_is": f"exp of the mean loss over tokens 2 to {args.length} of the rows of "
-                              f"token_batches(tokenizer, 'test', length={args.length}), the second "
-                              "with max_tokens=4096; bfloat16 weights, float32 arithmetic",
+        f"token_batches(tokenizer, 'test', length={args.length}), the second "
+        "with max_tokens=4096; bfloat16 weights, float32 arithmetic",
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "characters": {name: sum(map(len, documents(name)))
-                       for name in ("train", "validation", "calibration", "test")},
+        "characters": {
+            name: sum(map(len, documents(name)))
+            for name in ("train", "validation", "calibration", "test")
+        },
         "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__,
-                     "tokenizers": tokenizers.__version__},
-        "settings": {name: value for name, value in vars(args).items()
-                     if name not in ("out", "start")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "settings": {
+            name: value for name, value in vars(args).items() if name not in ("out", "start")
+        },
         **log,
         "continued_from": earlier,
     }

@@ -85,8 +85,8 @@ struct MicroTile {
 }
 #endif
 
-// Sums of one tile over the blocks of a chunk: micro tile after micro tile, each contiguous. (Rows of
-// a matrix whose width is a power of two would compete for the same places in the cache.)
+// Sums of one tile over the blocks of a chunk: micro tile after micro tile, each contiguous. (Rows
+// of a matrix whose width is a power of two would compete for the same places in the cache.)
 constexpr int64_t kMicroSize = int64_t{kMicroRows} * kPanel;
 
 inline double* micro_sums(double* tile_sums, int64_t row, int64_t col) {
@@ -106,8 +106,8 @@ void multiply_tile(const GramChunk& chunk, const GramJob& job, int64_t row_begin
       const Packed* cols = panels + (job.col_panel + col / kPanel) * panel_size;
       for (int64_t row = row_begin; row < row_end; row += kMicroRows) {
         if (job.upper && row >= col + kPanel) break;  // from here on below the diagonal
-        const Packed* rows = panels + (job.row_panel + row / kPanel) * panel_size +
-                             row % kPanel * kRowElements;
+        const Packed* rows =
+            panels + (job.row_panel + row / kPanel) * panel_size + row % kPanel * kRowElements;
         const MicroTile tile = multiply_block(rows, cols);
         double* sums = micro_sums(tile_sums, row - row_begin, col - col_begin);
         for (int i = 0; i < kMicroRows; ++i)
@@ -183,8 +183,8 @@ void column_stats(const GramInput& input, const int64_t* tokens, int64_t count, 
 
 template <class T>
 void pack_floats(const GramChunk& chunk, int64_t block) {
-  float* panels = static_cast<float*>(chunk.packed) +
-                  block * chunk.num_panels * kBlockTokens * kPanel;
+  float* panels =
+      static_cast<float*>(chunk.packed) + block * chunk.num_panels * kBlockTokens * kPanel;
   const int64_t first = block * kBlockTokens;
   const int64_t count = std::min(kBlockTokens, chunk.num_tokens - first);
   for (int s = 0; s < chunk.num_inputs; ++s) {
@@ -209,7 +209,8 @@ void pack_floats(const GramChunk& chunk, int64_t block) {
 #if defined(NBL_AVX512_BF16)
 // 16 values of one token as bits, low halves zero when they are bf16 numbers.
 inline __m512i shifted_bits(const bfloat16* p, __mmask16 mask, const float* shift) {
-  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+  const __m512i wide =
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
   return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(wide), _mm512_loadu_ps(shift)));
 }
 
@@ -221,7 +222,8 @@ inline bool shift_is_exact(const GramChunk& chunk, int64_t token) {
     const float* shift = chunk.shifts + input.first_panel * kPanel;
     __mmask16 inexact = 0;
     for (int64_t c = 0; c < input.dim; c += 16) {
-      const __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, input.dim - c)) - 1);
+      const __mmask16 mask =
+          static_cast<__mmask16>((1u << std::min<int64_t>(16, input.dim - c)) - 1);
       inexact |= _mm512_mask_test_epi32_mask(mask, shifted_bits(row + c, mask, shift + c), low);
     }
     if (inexact) return false;
@@ -230,8 +232,8 @@ inline bool shift_is_exact(const GramChunk& chunk, int64_t token) {
 }
 
 inline void pack_pairs(const GramChunk& chunk, int64_t block) {
-  bfloat16* panels = static_cast<bfloat16*>(chunk.packed) +
-                     block * chunk.num_panels * kBlockTokensPairs * kPanel;
+  bfloat16* panels =
+      static_cast<bfloat16*>(chunk.packed) + block * chunk.num_panels * kBlockTokensPairs * kPanel;
   const int64_t first = block * kBlockTokensPairs;
   const int64_t count = std::min(kBlockTokensPairs, chunk.num_tokens - first);
   bfloat16* ones = panels + (chunk.num_panels - 1) * kBlockTokensPairs * kPanel;
@@ -247,7 +249,8 @@ inline void pack_pairs(const GramChunk& chunk, int64_t block) {
     const GramInput& input = chunk.inputs[s];
     const float* shifts = chunk.shifts + input.first_panel * kPanel;
     for (int64_t c = 0; c < input.dim; c += 16) {
-      const __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, input.dim - c)) - 1);
+      const __mmask16 mask =
+          static_cast<__mmask16>((1u << std::min<int64_t>(16, input.dim - c)) - 1);
       const int64_t panel = input.first_panel + c / kPanel;
       bfloat16* out = panels + panel * kBlockTokensPairs * kPanel + 2 * (c % kPanel);
       for (int64_t t = 0; t < kBlockTokensPairs; t += 2) {
@@ -259,10 +262,10 @@ inline void pack_pairs(const GramChunk& chunk, int64_t block) {
           }
           const bfloat16* p = static_cast<const bfloat16*>(input.data) +
                               chunk.tokens[first + t + u] * input.stride + c;
-          halves[u] = chunk.shifted
-                          ? shifted_bits(p, mask, shifts + c)
-                          : _mm512_slli_epi32(
-                                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+          halves[u] =
+              chunk.shifted
+                  ? shifted_bits(p, mask, shifts + c)
+                  : _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
         }
         const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(halves[0], 16), halves[1]);
         _mm512_storeu_si512(out + t * kPanel, pairs);

@@ -15,16 +15,16 @@ namespace nbl {
 constexpr int64_t kSkinnyRows = 16;  // rows of x that the skinny kernels take
 
 struct SkinnyLinear {
-  const void* x;            // (m, k), m <= kSkinnyRows
+  const void* x;  // (m, k), m <= kSkinnyRows
   int64_t x_stride;
   const void* norm_weight;  // (k), or null: no normalization
   float norm_eps;
-  const void* weight;       // (n, k); (2n, k) for swiglu: n gate rows, then n up rows
+  const void* weight;  // (n, k); (2n, k) for swiglu: n gate rows, then n up rows
   int64_t weight_stride;
-  const void* bias;         // (n) or null
-  const void* residual;     // (m, n) or null
+  const void* bias;      // (n) or null
+  const void* residual;  // (m, n) or null
   int64_t residual_stride;
-  void* out;                // (m, n)
+  void* out;  // (m, n)
   int64_t out_stride;
   int64_t m, n, k;
 };
@@ -53,10 +53,11 @@ struct AddRows {
 
 // One input of a Gram update: a column range of the joint matrix [features | targets | block].
 struct GramInput {
-  const void* data;   // (tokens, dim)
+  const void* data;  // (tokens, dim)
   int64_t stride;
   int64_t dim;
-  int64_t first_panel;  // its columns in the packed chunk; the last panel of an input is zero-padded
+  int64_t
+      first_panel;  // its columns in the packed chunk; the last panel of an input is zero-padded
 };
 
 // A chunk of tokens, packed for the products: [block of tokens][panel of columns][token][column],
@@ -71,11 +72,11 @@ struct GramChunk {
   int64_t num_panels;
   bool pairs;
   void* packed;
-  const float* shifts;   // per packed column: what is subtracted before multiplying
-  bool shifted;          // whether any shift is not zero
-  uint8_t* inexact;      // per token: x - shift was no bf16 number, the token was left out (pairs)
-  const double* sums;    // per packed column: Σ (x - shift) over the tokens counted
-  double count;          // tokens counted
+  const float* shifts;  // per packed column: what is subtracted before multiplying
+  bool shifted;         // whether any shift is not zero
+  uint8_t* inexact;     // per token: x - shift was no bf16 number, the token was left out (pairs)
+  const double* sums;   // per packed column: Σ (x - shift) over the tokens counted
+  double count;         // tokens counted
 };
 
 // out += Σ row column^T over the chunk, for two inputs (or the ones) of the joint matrix.
@@ -84,8 +85,8 @@ struct GramJob {
   int64_t col_panel, cols;
   double* out;
   int64_t stride;
-  bool upper;    // rows == cols: only tiles that touch the upper triangle
-  bool recenter; // add what the shifts took away: S sᵀ + s (S + n s)ᵀ
+  bool upper;     // rows == cols: only tiles that touch the upper triangle
+  bool recenter;  // add what the shifts took away: S sᵀ + s (S + n s)ᵀ
   int64_t row_tiles, col_tiles;
 };
 
@@ -106,12 +107,12 @@ struct CpuKernels {
   const char* name;
   TypedKernels float32, bfloat16, float16;
   void (*gram_tile)(const GramChunk&, const GramJob&, int64_t tile, double* tile_sums);
-  int64_t panel;             // columns per packed panel
-  int64_t tile_row_panels;   // panels per tile of a GramJob
+  int64_t panel;            // columns per packed panel
+  int64_t tile_row_panels;  // panels per tile of a GramJob
   int64_t tile_col_panels;
-  int64_t block_tokens;      // tokens per packed block: what float32 may sum up before float64 does
+  int64_t block_tokens;  // tokens per packed block: what float32 may sum up before float64 does
   int64_t block_tokens_pairs;
-  bool bfloat16_pairs;       // bf16 is multiplied in pairs of tokens, without conversion
+  bool bfloat16_pairs;  // bf16 is multiplied in pairs of tokens, without conversion
 
   const TypedKernels& operator[](DType dtype) const {
     return dtype == DType::kFloat32 ? float32 : dtype == DType::kBFloat16 ? bfloat16 : float16;

@@ -73,7 +73,9 @@ struct Vec {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
-  static Vec load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+  static Vec load(const float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bfloat16* p) const { store_each(p); }
   void store(float16* p) const {

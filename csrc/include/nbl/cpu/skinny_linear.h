@@ -133,9 +133,10 @@ void prepare_features(const SkinnyLinear& p, void* features) {
 // sums[i][r] = Σ_k features[i][k] · rows[r][k] for kM rows of features and a tile of the weight.
 // `next` holds the start of the following tile, in kGroups pieces of equally many adjacent rows.
 template <class T, int kM, int kGroups>
-[[gnu::noinline]] inline void dot_tile(const T* const rows[kTileRows], const typename Dot<T>::Feature* features,
-                     int64_t padded, int64_t k, const char* const next[kGroups],
-                     float* sums, int64_t sums_stride) {
+[[gnu::noinline]] inline void dot_tile(const T* const rows[kTileRows],
+                                       const typename Dot<T>::Feature* features, int64_t padded,
+                                       int64_t k, const char* const next[kGroups], float* sums,
+                                       int64_t sums_stride) {
   using D = Dot<T>;
   constexpr int kLines = kTileRows / kGroups;  // cache lines to prefetch per piece and step
   Vec acc[kM][kTileRows];
@@ -160,8 +161,7 @@ template <class T, int kM, int kGroups>
   }
   if (whole < k) {
     typename D::Weights w[kTileRows];
-    for (int r = 0; r < kTileRows; ++r)
-      w[r] = D::load_weights_partial(rows[r] + whole, k - whole);
+    for (int r = 0; r < kTileRows; ++r) w[r] = D::load_weights_partial(rows[r] + whole, k - whole);
     for (int i = 0; i < kM; ++i) {
       const auto f = D::load_features(features + i * padded + whole);
       for (int r = 0; r < kTileRows; ++r) acc[i][r] = D::multiply_add(w[r], f, acc[i][r]);
@@ -183,17 +183,30 @@ inline void dot_tile_any_m(int m, const T* const rows[kTileRows],
     const char* const* prefetch = pass == 0 ? next : nullptr;
     float* s = sums + i * sums_stride;
     switch (count) {
-      case 1: dot_tile<T, 1, kGroups>(rows, f, padded, k, prefetch, s, sums_stride); break;
+      case 1:
+        dot_tile<T, 1, kGroups>(rows, f, padded, k, prefetch, s, sums_stride);
+        break;
 #if defined(NBL_AVX2) || defined(NBL_AVX512)
-      case 2: dot_tile<T, 2, kGroups>(rows, f, padded, k, prefetch, s, sums_stride); break;
+      case 2:
+        dot_tile<T, 2, kGroups>(rows, f, padded, k, prefetch, s, sums_stride);
+        break;
 #endif
 #if defined(NBL_AVX512)
-      case 3: dot_tile<T, 3, kGroups>(rows, f, padded, k, prefetch, s, sums_stride); break;
-      case 4: dot_tile<T, 4, kGroups>(rows, f, padded, k, prefetch, s, sums_stride); break;
-      case 5: dot_tile<T, 5, kGroups>(rows, f, padded, k, prefetch, s, sums_stride); break;
-      case 6: dot_tile<T, 6, kGroups>(rows, f, padded, k, prefetch, s, sums_stride); break;
+      case 3:
+        dot_tile<T, 3, kGroups>(rows, f, padded, k, prefetch, s, sums_stride);
+        break;
+      case 4:
+        dot_tile<T, 4, kGroups>(rows, f, padded, k, prefetch, s, sums_stride);
+        break;
+      case 5:
+        dot_tile<T, 5, kGroups>(rows, f, padded, k, prefetch, s, sums_stride);
+        break;
+      case 6:
+        dot_tile<T, 6, kGroups>(rows, f, padded, k, prefetch, s, sums_stride);
+        break;
 #endif
-      default: break;
+      default:
+        break;
     }
     i += count;
   }
@@ -269,8 +282,7 @@ template <class T>
 void rms_norm_rows(const RowNorm& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     prepare_row(static_cast<const T*>(p.x) + i * p.x_stride, p.k, p.k,
-                static_cast<const T*>(p.norm_weight), p.norm_eps,
-                static_cast<T*>(p.out) + i * p.k);
+                static_cast<const T*>(p.norm_weight), p.norm_eps, static_cast<T*>(p.out) + i * p.k);
   }
 }
 

@@ -1,0 +1,37 @@
+# The habits of this project. Everything runs in a virtual environment that is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is asked for, e.g. TORCH="torch==2.13.0" TRANSFORMERS="transformers==5.17.0"
+TORCH ?= torch>=2.10
+TRANSFORMERS ?= transformers>=5.17
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test bench lint install clean
+
+demo: install
+	$(BIN)/nbl demo
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m pytest --benchmark
+
+lint: install
+	$(BIN)/python -m pip install --quiet ruff clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,report]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info nbl_kernels/*.so
