@@ -15,8 +15,8 @@ def build_info() -> dict[str, object]:
 
     Keys: ``version``, ``python``, ``torch``, ``built_with_torch``, ``compiler``, ``archs`` (CUDA
     architectures compiled for), ``cpu_capability`` (the instruction set in use),
-    ``cpu_capabilities`` (those this processor can run), ``threads``, ``cuda`` (are the CUDA kernels available), and
-    ``cuda_reason``.
+    ``cpu_capabilities`` (those this processor can run), ``threads``, ``cuda`` (are the CUDA
+    kernels available), and ``cuda_reason``.
     """
     return {
         "version": __version__,

@@ -43,7 +43,8 @@ class CovarianceAccumulator:
     """Streams tokens into count, sums and Gram matrices of features, targets and a block.
 
     Holds ``Σ f``, ``Σ t``, ``Σ f fᵀ``, ``Σ t fᵀ``, ``Σ t tᵀ`` (and with a block ``Σ b``,
-    ``Σ b fᵀ``, ``Σ b bᵀ``) in float64, uncentered, so that accumulators of different tokens simply add up.
+    ``Σ b fᵀ``, ``Σ b bᵀ``) in float64, uncentered, so that accumulators of different tokens
+    simply add up.
     Products are float32 (bf16 multiplied exactly) over blocks of at most 192 tokens, added up in
     float64; channels with |mean| > 8 standard deviations are shifted before multiplying and the
     shift is undone in float64. Relative to float64 on the same inputs the Gram matrices are right

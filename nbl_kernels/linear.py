@@ -61,8 +61,8 @@ def norm_linear(
     """``W RMSNorm(x) + b``: a fused QKV projection or the language-model head.
 
     x (…, K), norm_weight (K,), weight (N, K), bias (N,) or None, all of x's dtype (float32,
-    bfloat16 or float16) -> (…, N) in x's dtype, accumulated in float32. The normalized x is rounded once to
-    x's dtype. Nothing is mutated. Errors as :func:`residual_linear`.
+    bfloat16 or float16) -> (…, N) in x's dtype, accumulated in float32. The normalized x is
+    rounded once to x's dtype. Nothing is mutated. Errors as :func:`residual_linear`.
 
     Equivalent to ``F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     """

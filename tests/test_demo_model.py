@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-demo = pytest.importorskip("nbl.demo")
+from nbl import demo
 
 TOKENS = 4096  # of the test split: all of it would take too long
 
