@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-
 from nbl import demo
 
 TOKENS = 4096  # of the test split: all of it would take too long
