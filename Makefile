@@ -20,7 +20,7 @@ bench: install
 	$(BIN)/python -m pytest --benchmark
 
 lint: install
-	$(BIN)/python -m pip install --quiet ruff clang-format
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==23.1.5  # formats differ between versions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror

@@ -5,6 +5,7 @@
 #include <torch/headeronly/version.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/read_loop.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels and operator schemas of nbl_kernels";
@@ -17,4 +18,7 @@ PYBIND11_MODULE(_C, m) {
         "Those this processor can run, best first.");
   m.def("set_cpu_capability", &nbl::set_cpu_capability, pybind11::arg("name"),
         "Selects the kernels of one of cpu_capabilities(); \"\" selects the best.");
+  m.def("read_loop", &nbl::read_loop, pybind11::arg("address"), pybind11::arg("bytes"),
+        pybind11::arg("streams"), pybind11::arg("ahead"),
+        "For benchmarks: reads memory with all threads (csrc/cpu/read_loop.h).");
 }
