@@ -1,4 +1,5 @@
-// Reading memory and doing nothing with it: the limit the benchmarks hold the skinny linears against.
+// Reading memory and doing nothing with it: the limit the benchmarks hold the skinny linears
+// against.
 //
 // Each thread reads one contiguous part of the buffer, `streams` rows at a time:
 //
@@ -20,7 +21,7 @@ namespace {
 constexpr int kStreams = 4;             // the most
 constexpr int64_t kRowBytes = 8 << 10;  // 4096 bfloat16
 constexpr int64_t kUnitBytes = kStreams * kRowBytes;
-constexpr int kVectors = 4;             // cache lines of a row read per step, each with its own sum
+constexpr int kVectors = 4;  // cache lines of a row read per step, each with its own sum
 
 using Line = uint64_t __attribute__((vector_size(64)));
 using ReadUnits = uint64_t (*)(const char* data, int64_t bytes, int streams, int64_t ahead);

@@ -1,5 +1,8 @@
 // residual_linear, norm_linear, norm_swiglu on the CPU: checks, then the fused kernels for few rows
 // (decode) or ATen's matrix product between our normalization and epilogue for many (prefill).
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <limits>
 #include <memory>
 
 #include "common.h"
@@ -10,7 +13,7 @@ namespace {
 
 // Below this much weight a second thread costs more than it brings.
 constexpr int64_t kBytesPerThread = 1 << 15;
-constexpr int64_t kElementsPerThread = 1 << 17;  // the same for a pass over activations
+constexpr int64_t kElementsPerThread = 1 << 15;  // the same for a pass over activations
 
 struct LinearArgs {
   const char* op;
@@ -70,27 +73,41 @@ Tensor empty_like_rows(const Tensor& x, int64_t last) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// m <= kSkinnyRows: one pass over the weight.
-void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m) {
+// Rows of x up to which passes over the weight, kSkinnyRows at a time, beat ATen's matrix product,
+// as measured by benchmarks/test_linear.py: ATen has no fast float16 product at all, and its
+// float32 product needs many rows. Narrower registers were not measured.
+int64_t most_skinny_rows(const CpuKernels& isa, DType dtype) {
+  const bool avx512 = std::string(isa.name).rfind("avx512", 0) == 0;
+  if (avx512 && dtype == DType::kFloat16) return std::numeric_limits<int64_t>::max();
+  if (avx512 && dtype == DType::kFloat32) return 4 * kSkinnyRows;
+  return kSkinnyRows;
+}
+
+// One pass over the weight for rows [first, first + m), m <= kSkinnyRows.
+void run_skinny(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m) {
   const CpuKernels& isa = cpu_kernels();
   const TypedKernels& kernels = isa[kernel_dtype(a.op, "x", a.x)];
+  const int64_t element = static_cast<int64_t>(a.x.element_size());
+  const auto row = [&](const void* p, int64_t stride) {
+    return static_cast<const char*>(p) + first * stride * element;
+  };
   SkinnyLinear p{};
   p.m = m;
   p.n = out.size(-1);
   p.k = a.x.size(-1);
-  p.x = a.x.const_data_ptr();
   p.x_stride = row_stride(a.x);
+  p.x = row(a.x.const_data_ptr(), p.x_stride);
   p.norm_weight = data(a.norm_weight);
   p.norm_eps = static_cast<float>(a.norm_eps);
   p.weight = a.weight.const_data_ptr();
   p.weight_stride = a.weight.stride(0);
   p.bias = data(a.bias);
   if (a.residual) {
-    p.residual = a.residual->const_data_ptr();
     p.residual_stride = row_stride(*a.residual);
+    p.residual = row(a.residual->const_data_ptr(), p.residual_stride);
   }
-  p.out = out.mutable_data_ptr();
   p.out_stride = p.n;
+  p.out = const_cast<char*>(row(out.mutable_data_ptr(), p.out_stride));
 
   // Features in cache-line aligned memory of this thread, kept between calls.
   thread_local std::vector<char> scratch;
@@ -129,25 +146,36 @@ Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   return tensor_from(stack[0]);
 }
 
-Tensor run_wide(const LinearArgs& a, int64_t m) {
+// out = residual + bias first; then ATen adds the product to it: no pass over the product.
+Tensor add_linear(const LinearArgs& a, const Tensor& features, int64_t m) {
+  const int64_t n = a.weight.size(0);
+  const Tensor out = empty_like_rows(a.x, n);
+  const ResidualRows p{a.residual->const_data_ptr(), row_stride(*a.residual), data(a.bias),
+                       out.mutable_data_ptr(), n};
   const TypedKernels& kernels = cpu_kernels()[kernel_dtype(a.op, "x", a.x)];
-  Tensor out = aten_linear(a.norm_weight ? normalized(a, m) : a.x, a.weight, a.bias);
-  if (a.swiglu) {
-    const Tensor gate_up = out;
-    const int64_t n = gate_up.size(-1) / 2;
-    out = empty_like_rows(a.x, n);
-    const SiluMul p{gate_up.const_data_ptr(), out.mutable_data_ptr(), n};
-    torch::stable::parallel_for(
-        0, m, 1, [&](int64_t begin, int64_t end) { kernels.silu_mul_rows(p, begin, end); });
-  }
-  if (a.residual) {
-    const int64_t n = out.size(-1);
-    const AddRows p{a.residual->const_data_ptr(), row_stride(*a.residual), out.mutable_data_ptr(),
-                    n};
-    torch::stable::parallel_for(
-        0, m, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, n)),
-        [&](int64_t begin, int64_t end) { kernels.add_rows(p, begin, end); });
-  }
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, n));
+  torch::stable::parallel_for(
+      0, m, grain, [&](int64_t begin, int64_t end) { kernels.residual_rows(p, begin, end); });
+  if (m == 0 || n == 0) return out;
+  const Tensor sums = torch::stable::view(out, {m, n});
+  const Tensor rows = torch::stable::reshape(features, {m, features.size(-1)});
+  const Tensor columns = torch::stable::transpose(a.weight, 0, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(sums.get(), sums.get(), rows.get(), columns.get(), 1.0, 1.0));
+  return out;
+}
+
+Tensor run_wide(const LinearArgs& a, int64_t m) {
+  const Tensor features = a.norm_weight ? normalized(a, m) : a.x;
+  if (a.residual) return add_linear(a, features, m);
+  const Tensor product = aten_linear(features, a.weight, a.bias);
+  if (!a.swiglu) return product;
+  const int64_t n = product.size(-1) / 2;
+  const Tensor out = empty_like_rows(a.x, n);
+  const SiluMul p{product.const_data_ptr(), out.mutable_data_ptr(), n};
+  const TypedKernels& kernels = cpu_kernels()[kernel_dtype(a.op, "x", a.x)];
+  torch::stable::parallel_for(
+      0, m, 1, [&](int64_t begin, int64_t end) { kernels.silu_mul_rows(p, begin, end); });
   return out;
 }
 
@@ -161,9 +189,14 @@ Tensor run(LinearArgs a) {
 
   const int64_t m = product_of_leading(a.x);
   const int64_t n = a.weight.size(0) / (a.swiglu ? 2 : 1);
-  if (m > kSkinnyRows) return run_wide(a, m);
+  if (m > most_skinny_rows(cpu_kernels(), kernel_dtype(a.op, "x", a.x))) return run_wide(a, m);
   Tensor out = empty_like_rows(a.x, n);
-  if (m > 0 && n > 0) run_skinny(a, out, m);
+  if (n == 0) return out;
+  const int64_t passes = (m + kSkinnyRows - 1) / kSkinnyRows;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = m * pass / passes;
+    run_skinny(a, out, first, m * (pass + 1) / passes - first);
+  }
   return out;
 }
 

@@ -44,10 +44,11 @@ struct SiluMul {
   int64_t n;
 };
 
-struct AddRows {
+struct ResidualRows {
   const void* residual;  // (rows, n)
   int64_t residual_stride;
-  void* out;  // (rows, n), contiguous, += residual
+  const void* bias;  // (n) or null
+  void* out;         // (rows, n), contiguous, = residual + bias
   int64_t n;
 };
 
@@ -97,7 +98,7 @@ struct TypedKernels {
   void (*swiglu_columns)(const SkinnyLinear&, const void* features, int64_t begin, int64_t end);
   void (*rms_norm_rows)(const RowNorm&, int64_t begin, int64_t end);
   void (*silu_mul_rows)(const SiluMul&, int64_t begin, int64_t end);
-  void (*add_rows)(const AddRows&, int64_t begin, int64_t end);
+  void (*residual_rows)(const ResidualRows&, int64_t begin, int64_t end);
   void (*column_stats)(const GramInput&, const int64_t* tokens, int64_t count, float* sums,
                        float* squares);  // += Σ x, Σ x² per column
   void (*pack)(const GramChunk&, int64_t block);

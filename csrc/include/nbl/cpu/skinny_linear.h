@@ -287,14 +287,19 @@ void rms_norm_rows(const RowNorm& p, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void add_rows(const AddRows& p, int64_t begin, int64_t end) {
+void residual_rows(const ResidualRows& p, int64_t begin, int64_t end) {
+  const T* bias = static_cast<const T*>(p.bias);
   for (int64_t i = begin; i < end; ++i) {
     const T* residual = static_cast<const T*>(p.residual) + i * p.residual_stride;
     T* out = static_cast<T*>(p.out) + i * p.n;
+    if (!bias) {
+      std::memcpy(out, residual, p.n * sizeof(T));
+      continue;
+    }
     int64_t j = 0;
     for (; j + Vec::kWidth <= p.n; j += Vec::kWidth)
-      (Vec::load(out + j) + Vec::load(residual + j)).store(out + j);
-    for (; j < p.n; ++j) out[j] = from_float<T>(to_float(out[j]) + to_float(residual[j]));
+      (Vec::load(residual + j) + Vec::load(bias + j)).store(out + j);
+    for (; j < p.n; ++j) out[j] = from_float<T>(to_float(residual[j]) + to_float(bias[j]));
   }
 }
 

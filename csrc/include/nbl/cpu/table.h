@@ -10,7 +10,7 @@ namespace NBL_ISA {
 template <class T>
 constexpr TypedKernels typed_kernels() {
   return {prepare_features<T>, linear_columns<T>, swiglu_columns<T>, rms_norm_rows<T>,
-          silu_mul_rows<T>,    add_rows<T>,       column_stats<T>,   pack<T>};
+          silu_mul_rows<T>,    residual_rows<T>,  column_stats<T>,   pack<T>};
 }
 
 inline CpuKernels make_table(const char* name) {
