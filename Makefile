@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test bench lint install clean
 
 demo: install
-	$(BIN)/nbl demo
+	$(BIN)/nbl demo --overwrite
 
 test: install
 	$(BIN)/python -m pytest
