@@ -2,8 +2,8 @@
 
 CPU kernels: ``csrc/include/nbl/cpu/skinny_linear.h``, launched by ``csrc/cpu/skinny_linear.cpp``.
 Up to 16 rows of x (decode) one kernel reads the weight once; with more rows (prefill) ATen's matrix
-product runs between our normalization and epilogue, or, where that is slower (float32 up to 64 rows,
-float16), the kernel runs once for every 16 rows.
+product runs between our normalization and epilogue, or, where that is slower (float32 up to 64
+rows, float16), the kernel runs once for every 16 rows.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def residual_linear(
 
     Returns:
         (…, N) in x's dtype. Products and sums are float32 and the result is rounded once; where
-        ATen computes the product, residual + bias is rounded before the product is added. Nothing is mutated. Differentiable
-        (by recomputation in plain PyTorch).
+        ATen computes the product, residual + bias is rounded before the product is added.
+        Nothing is mutated. Differentiable (by recomputation in plain PyTorch).
 
     Raises:
         TypeError: x or weight is no tensor.
