@@ -15,6 +15,19 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   m.def(
       "norm_swiglu(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) -> Tensor");
 
+  // The same three without a gradient: what the Python functions call when none is asked for.
+  // (A gradient registered from Python costs every call a detour through the interpreter, tens of
+  // microseconds once the weights have swept it out of the caches.)
+  m.def(
+      "residual_linear_inference(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
+      "Tensor? norm_weight, float norm_eps) -> Tensor");
+  m.def(
+      "norm_linear_inference(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, "
+      "float norm_eps) -> Tensor");
+  m.def(
+      "norm_swiglu_inference(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) "
+      "-> Tensor");
+
   // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y)
   m.def(
       "covariance_update(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "

@@ -26,16 +26,19 @@ def _check(condition: bool, message: str) -> None:
 
 
 @torch.library.register_fake("nbl::residual_linear")
+@torch.library.register_fake("nbl::residual_linear_inference")
 def _(x, weight, bias, residual, norm_weight, norm_eps):
     return _fake_linear("residual_linear", x, weight)
 
 
 @torch.library.register_fake("nbl::norm_linear")
+@torch.library.register_fake("nbl::norm_linear_inference")
 def _(x, norm_weight, weight, bias, norm_eps):
     return _fake_linear("norm_linear", x, weight)
 
 
 @torch.library.register_fake("nbl::norm_swiglu")
+@torch.library.register_fake("nbl::norm_swiglu_inference")
 def _(x, norm_weight, gate_up_weight, norm_eps):
     out = _fake_linear("norm_swiglu", x, gate_up_weight)
     return x.new_empty((*x.shape[:-1], out.shape[-1] // 2))
@@ -110,8 +113,11 @@ def _covariance_update(
 
 for _name, _composite in {
     "residual_linear": _residual_linear,
+    "residual_linear_inference": _residual_linear,
     "norm_linear": _norm_linear,
+    "norm_linear_inference": _norm_linear,
     "norm_swiglu": _norm_swiglu,
+    "norm_swiglu_inference": _norm_swiglu,
     "covariance_update": _covariance_update,
 }.items():
     torch.library.impl(f"nbl::{_name}", "CompositeExplicitAutograd", _composite)

@@ -48,7 +48,12 @@ def residual_linear(
     Source: NBL (arXiv 2505.21077), section 3: the layer becomes ``x + W f + b``.
     """
     _check_tensors("residual_linear", x=x, weight=weight)
-    return torch.ops.nbl.residual_linear(x, weight, bias, residual, norm_weight, norm_eps)
+    op = (
+        torch.ops.nbl.residual_linear
+        if _needs_gradient(x, weight, bias, residual, norm_weight)
+        else torch.ops.nbl.residual_linear_inference
+    )
+    return op(x, weight, bias, residual, norm_weight, norm_eps)
 
 
 def norm_linear(
@@ -68,7 +73,12 @@ def norm_linear(
     Equivalent to ``F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     """
     _check_tensors("norm_linear", x=x, norm_weight=norm_weight, weight=weight)
-    return torch.ops.nbl.norm_linear(x, norm_weight, weight, bias, norm_eps)
+    op = (
+        torch.ops.nbl.norm_linear
+        if _needs_gradient(x, norm_weight, weight, bias)
+        else torch.ops.nbl.norm_linear_inference
+    )
+    return op(x, norm_weight, weight, bias, norm_eps)
 
 
 def norm_swiglu(
@@ -85,7 +95,16 @@ def norm_swiglu(
     ``F.silu(gate) * up``.
     """
     _check_tensors("norm_swiglu", x=x, norm_weight=norm_weight, gate_up_weight=gate_up_weight)
-    return torch.ops.nbl.norm_swiglu(x, norm_weight, gate_up_weight, norm_eps)
+    op = (
+        torch.ops.nbl.norm_swiglu
+        if _needs_gradient(x, norm_weight, gate_up_weight)
+        else torch.ops.nbl.norm_swiglu_inference
+    )
+    return op(x, norm_weight, gate_up_weight, norm_eps)
+
+
+def _needs_gradient(*arguments: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments)
 
 
 def _check_tensors(op: str, **arguments: object) -> None:

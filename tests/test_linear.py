@@ -232,6 +232,7 @@ def op_samples():
 @pytest.mark.parametrize("name", ["residual_linear", "norm_linear", "norm_swiglu"])
 def test_opcheck(name):
     sample = op_samples()[name]
+    torch.library.opcheck(getattr(torch.ops.nbl, f"{name}_inference").default, sample)
     torch.library.opcheck(getattr(torch.ops.nbl, name).default, sample)
     leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in sample]
     torch.library.opcheck(getattr(torch.ops.nbl, name).default, leaves)
@@ -251,6 +252,13 @@ def test_gradients_are_those_of_plain_torch(m):
     (torch_residual_linear(x, w, b, None, g) ** 2).sum().backward()
     for a, e in zip(ours, plain):
         torch.testing.assert_close(a.grad, e.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_with_gradients():
+    w = torch.randn(16, 16, requires_grad=True)
+    x = torch.randn(3, 16)
+    torch.compile(lambda x: nk.residual_linear(x, w).sum(), fullgraph=True)(x).backward()
+    torch.testing.assert_close(w.grad, x.sum(0).expand(16, 16))
 
 
 def test_compiles_without_graph_breaks():

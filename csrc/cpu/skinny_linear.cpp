@@ -225,4 +225,7 @@ STABLE_TORCH_LIBRARY_IMPL(nbl, CPU, m) {
   m.impl("residual_linear", TORCH_BOX(&nbl::residual_linear));
   m.impl("norm_linear", TORCH_BOX(&nbl::norm_linear));
   m.impl("norm_swiglu", TORCH_BOX(&nbl::norm_swiglu));
+  m.impl("residual_linear_inference", TORCH_BOX(&nbl::residual_linear));
+  m.impl("norm_linear_inference", TORCH_BOX(&nbl::norm_linear));
+  m.impl("norm_swiglu_inference", TORCH_BOX(&nbl::norm_swiglu));
 }
