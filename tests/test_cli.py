@@ -553,7 +553,7 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number, code):
         8,
         cwd=tmp_path,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob(".out.*.tmp")) and running.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
