@@ -102,7 +102,7 @@ inline int64_t row_stride(const Tensor& t) { return t.dim() == 2 ? t.stride(0) :
 
 // Calls an ATen operator through the dispatcher; returns its first result.
 inline void call_aten(const char* name, const char* overload, StableIValue* stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
 }
 
 template <class T>

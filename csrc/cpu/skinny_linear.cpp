@@ -160,7 +160,7 @@ Tensor add_linear(const LinearArgs& a, const Tensor& features, int64_t m) {
   const Tensor sums = torch::stable::view(out, {m, n});
   const Tensor rows = torch::stable::reshape(features, {m, features.size(-1)});
   const Tensor columns = torch::stable::transpose(a.weight, 0, 1);
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(sums.get(), sums.get(), rows.get(), columns.get(), 1.0, 1.0));
   return out;
 }
