@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pybind11
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -19,7 +20,9 @@ def cpu_extension() -> CppExtension:
     return CppExtension(
         "nbl_kernels._C",
         sources,
-        include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
+        # pybind11's own headers before the copy that torch brings: that of 2.10 refuses to be
+        # included where only the stable ABI is used.
+        include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include"), pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No -march: the instruction set is chosen at run time (csrc/cpu/dispatch.cpp).
         extra_compile_args=[
