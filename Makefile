@@ -29,7 +29,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" "setuptools>=68" wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,report]"
 	touch $@
 
