@@ -9,7 +9,7 @@ import pybind11
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 
 # The oldest torch whose stable ABI is used: one build serves it and every later one.
 TORCH_TARGET_VERSION = "0x020a000000000000"
