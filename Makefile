@@ -21,8 +21,8 @@ bench: install
 
 lint: install
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==23.1.5  # formats differ between versions
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .  # a cache would miss what new files change in others
+	$(BIN)/ruff format --no-cache --check .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 install: $(VENV)/.installed

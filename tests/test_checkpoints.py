@@ -9,10 +9,11 @@ import sys
 import nbl
 import pytest
 import torch
-from conftest import cast_parameters
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+
+from conftest import cast_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")  # as many as these tests need
 
