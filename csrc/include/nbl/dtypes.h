@@ -1,8 +1,24 @@
 // The element types of weights and activations, without torch: plain bits and their conversions.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC has no standard headers, and needs none
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
 #include <cstdint>
 #include <cstring>
+#endif
+
+#if defined(__CUDACC__)
+#define NBL_HOST_DEVICE __host__ __device__
+#else
+#define NBL_HOST_DEVICE
+#endif
 
 namespace nbl {
 
@@ -16,23 +32,33 @@ struct float16 {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
-inline float bits_to_float(uint32_t bits) {
+NBL_HOST_DEVICE inline float bits_to_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+#endif
 }
 
-inline uint32_t float_to_bits(float value) {
+NBL_HOST_DEVICE inline uint32_t float_to_bits(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
+#endif
 }
 
-inline float to_float(float value) { return value; }
+NBL_HOST_DEVICE inline float to_float(float value) { return value; }
 
-inline float to_float(bfloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+NBL_HOST_DEVICE inline float to_float(bfloat16 value) {
+  return bits_to_float(uint32_t{value.bits} << 16);
+}
 
-inline float to_float(float16 value) {
+NBL_HOST_DEVICE inline float to_float(float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
@@ -42,22 +68,22 @@ inline float to_float(float16 value) {
 }
 
 template <class T>
-T from_float(float value);
+NBL_HOST_DEVICE T from_float(float value);
 
 template <>
-inline float from_float<float>(float value) {
+NBL_HOST_DEVICE inline float from_float<float>(float value) {
   return value;
 }
 
 template <>  // round to nearest, ties to even; NaN stays NaN
-inline bfloat16 from_float<bfloat16>(float value) {
+NBL_HOST_DEVICE inline bfloat16 from_float<bfloat16>(float value) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
 template <>  // round to nearest, ties to even; NaN stays NaN, overflow becomes infinity
-inline float16 from_float<float16>(float value) {
+NBL_HOST_DEVICE inline float16 from_float<float16>(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
