@@ -27,6 +27,7 @@ struct alignas(16) Bytes16 {
 #else
 
 #define NBL_DEVICE __device__ __forceinline__
+#define NBL_PARAM const __grid_constant__  // a kernel's one argument, a struct
 
 namespace nbl {
 
