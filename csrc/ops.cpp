@@ -43,4 +43,19 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   // (K⁻¹ C_bf L⁻ᵀ, ridge), C_bb = K Kᵀ, C_ff = L Lᵀ: its singular values are the canonical
   // correlations
   m.def("cca_matrix(Tensor cov_ff, Tensor cov_bf, Tensor cov_bb) -> (Tensor, Tensor)");
+
+  // The same as PyTorch operations (nbl_kernels/_ops.py): what runs where no kernel of ours does.
+  m.def(
+      "residual_linear_plain(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
+      "Tensor? norm_weight, float norm_eps) -> Tensor");
+  m.def(
+      "norm_linear_plain(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, "
+      "float norm_eps) -> Tensor");
+  m.def(
+      "norm_swiglu_plain(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) "
+      "-> Tensor");
+  m.def(
+      "covariance_update_plain(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
+      "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "
+      "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> ()");
 }

@@ -5,7 +5,7 @@ specification, ``*_ref``. The kernels are in ``csrc/include/nbl``.
 """
 
 from nbl_kernels import _ops
-from nbl_kernels._build_info import build_info
+from nbl_kernels._build_info import build_info, cuda_paths, set_cuda_path
 from nbl_kernels._version import __version__
 from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
@@ -31,6 +31,7 @@ __all__ = [
     "cca_bound",
     "cca_bound_ref",
     "covariance_update_ref",
+    "cuda_paths",
     "lmmse_solve",
     "lmmse_solve_ref",
     "norm_linear",
@@ -39,5 +40,6 @@ __all__ = [
     "norm_swiglu_ref",
     "residual_linear",
     "residual_linear_ref",
+    "set_cuda_path",
 ]
 del _ops

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 try:
     from nbl_kernels import _C  # noqa: F401  registers torch.ops.nbl
@@ -13,6 +14,14 @@ except ImportError as error:
         "nbl_kernels is not built for this Python: run `pip install .` (or, for development, "
         f"`pip install --no-build-isolation -e .`) in its source folder. {error}"
     ) from error
+
+try:
+    from nbl_kernels import _C_cuda  # registers the kernels for CUDA tensors
+
+    cuda_error = None
+except ImportError as error:  # not built, or a torch without CUDA: build_info() says which
+    _C_cuda = None
+    cuda_error = error
 
 from nbl_kernels import reference
 
@@ -75,21 +84,26 @@ def _(cov_ff, cov_bf, cov_bb):
     return cov_bf.new_empty(cov_bf.shape), cov_bf.new_empty((cov_bf.shape[0],))
 
 
-# Plain PyTorch where there is no kernel of ours. (The solves run on the CPU: see lmmse.py.)
+# Plain PyTorch where no kernel of ours runs, in the operations that its users would write. (The
+# solves run on the CPU then: see lmmse.py.)
 
 
 def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
-    return reference.residual_linear_ref(
-        x, weight, bias, residual, norm_weight=norm_weight, norm_eps=norm_eps
-    )
+    features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
+    return (x if residual is None else residual) + F.linear(features, weight, bias)
 
 
 def _norm_linear(x, norm_weight, weight, bias, norm_eps):
-    return reference.norm_linear_ref(x, norm_weight, weight, bias, norm_eps=norm_eps)
+    return F.linear(_rms_norm(x, norm_weight, norm_eps), weight, bias)
 
 
 def _norm_swiglu(x, norm_weight, gate_up_weight, norm_eps):
-    return reference.norm_swiglu_ref(x, norm_weight, gate_up_weight, norm_eps=norm_eps)
+    gate, up = F.linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _rms_norm(x, norm_weight, norm_eps):
+    return F.rms_norm(x, (x.shape[-1],), norm_weight, norm_eps)
 
 
 def _covariance_update(
@@ -111,20 +125,32 @@ def _covariance_update(
         gram_bb += new["sum_bb"]
 
 
-for _name, _composite in {
-    "residual_linear": _residual_linear,
-    "residual_linear_inference": _residual_linear,
-    "norm_linear": _norm_linear,
-    "norm_linear_inference": _norm_linear,
-    "norm_swiglu": _norm_swiglu,
-    "norm_swiglu_inference": _norm_swiglu,
-    "covariance_update": _covariance_update,
+for _composite, _names in {
+    _residual_linear: ("residual_linear", "residual_linear_inference", "residual_linear_plain"),
+    _norm_linear: ("norm_linear", "norm_linear_inference", "norm_linear_plain"),
+    _norm_swiglu: ("norm_swiglu", "norm_swiglu_inference", "norm_swiglu_plain"),
+    _covariance_update: ("covariance_update", "covariance_update_plain"),
 }.items():
-    torch.library.impl(f"nbl::{_name}", "CompositeExplicitAutograd", _composite)
+    for _name in _names:
+        torch.library.impl(f"nbl::{_name}", "CompositeExplicitAutograd", _composite)
 
 
 # Gradients: those of the references, recomputed. Inference is what the kernels are for; training
 # through them (LoRA, say) must be right, not fast.
+
+
+def _reference_residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
+    return reference.residual_linear_ref(
+        x, weight, bias, residual, norm_weight=norm_weight, norm_eps=norm_eps
+    )
+
+
+def _reference_norm_linear(x, norm_weight, weight, bias, norm_eps):
+    return reference.norm_linear_ref(x, norm_weight, weight, bias, norm_eps=norm_eps)
+
+
+def _reference_norm_swiglu(x, norm_weight, gate_up_weight, norm_eps):
+    return reference.norm_swiglu_ref(x, norm_weight, gate_up_weight, norm_eps=norm_eps)
 
 
 def _register_gradient(name: str, reference_fn) -> None:
@@ -146,6 +172,6 @@ def _register_gradient(name: str, reference_fn) -> None:
     torch.library.register_autograd(f"nbl::{name}", backward, setup_context=setup_context)
 
 
-_register_gradient("residual_linear", _residual_linear)
-_register_gradient("norm_linear", _norm_linear)
-_register_gradient("norm_swiglu", _norm_swiglu)
+_register_gradient("residual_linear", _reference_residual_linear)
+_register_gradient("norm_linear", _reference_norm_linear)
+_register_gradient("norm_swiglu", _reference_norm_swiglu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import nbl_kernels as nk
-from nbl_kernels import _C
+from nbl_kernels import _C, _ops
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -30,7 +31,10 @@ def test_build_info():
     assert info["torch"] == torch.__version__
     assert info["cpu_capability"] in info["cpu_capabilities"]
     assert info["cpu_capabilities"][-1] == "portable"
-    assert info["cuda"] is False and info["archs"] == [] and "CUDA" in info["cuda_reason"]
+    assert info["cuda"] is (info["cuda_reason"] == "")
+    assert info["cuda"] is bool(info["cuda_paths"])
+    assert torch.cuda.is_available() or not info["cuda"]
+    assert bool(info["archs"]) is (_ops._C_cuda is not None)
 
 
 @pytest.mark.parametrize("name", _C.cpu_capabilities())
@@ -54,17 +58,65 @@ def test_nbl_kernels_needs_torch_only():
     assert run_python(code).stdout.strip() == "[]"
 
 
-def test_asking_for_cuda_kernels_is_an_error_that_says_why():
+def run_setup(**environment: str) -> subprocess.CompletedProcess:
     setup = Path(__file__).parents[1] / "setup.py"
     if not setup.is_file():
         pytest.skip("runs from the source folder only")
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(setup), "--version"],
         cwd=setup.parent,
-        env=os.environ | {"NBL_CUDA": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_insisting_on_cuda_kernels_is_an_error_that_says_what_is_missing(tmp_path):
+    result = run_setup(NBL_CUDA="1", CUDA_HOME=str(tmp_path))
     assert result.returncode != 0
-    assert "NBL_CUDA=1 asks for CUDA kernels, and this version has none yet" in result.stderr
+    assert "NBL_CUDA=1 asks for CUDA kernels:" in result.stderr
+    missing = "build without CUDA" if torch.version.cuda is None else "does not run"
+    assert missing in result.stderr
+
+
+@pytest.mark.parametrize("environment", [{"NBL_CUDA": "0"}, {"CUDA_HOME": "/nowhere"}])
+def test_without_cuda_kernels_the_build_goes_on_and_says_why(environment):
+    result = run_setup(**environment)
+    assert result.returncode == 0
+    assert "building _C (CPU kernels); no CUDA kernels: " in result.stderr
+
+
+def test_unknown_settings_of_the_build_are_refused():
+    result = run_setup(NBL_CUDA="yes")
+    assert result.returncode != 0 and "NBL_CUDA must be 1" in result.stderr
+    if torch.version.cuda is not None:
+        result = run_setup(TORCH_CUDA_ARCH_LIST="7.5")
+        if "no CUDA kernels" not in result.stderr:
+            assert result.returncode != 0 and "versions from 8.0 on" in result.stderr
+
+
+def test_paths_are_refused_by_name():
+    if _ops._C_cuda is None:
+        with pytest.raises(RuntimeError, match="CUDA"):
+            nk.set_cuda_path("gram", "hopper")
+        return
+    with pytest.raises(RuntimeError, match=r"op must be linear, gram or solve, got lienar"):
+        nk.set_cuda_path("lienar", "plain")
+    with pytest.raises(RuntimeError, match=r"the path of gram must be one of .*, got wgmma"):
+        nk.set_cuda_path("gram", "wgmma")
+
+
+@pytest.mark.skipif(_ops._C_cuda is None, reason="built without CUDA kernels")
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ("", {"linear": "plain", "gram": "plain", "solve": "plain"}),
+        ("all=kernel", {"linear": "kernel", "gram": "hopper", "solve": "kernel"}),
+        ("gram=cublas", {"linear": "plain", "gram": "cublas", "solve": "plain"}),
+    ],
+)
+def test_paths_of_the_environment(setting, expected):
+    code = "from nbl_kernels import _C_cuda; print(_C_cuda.cuda_paths(90))"
+    paths = ast.literal_eval(run_python(code, NBL_CUDA_PATHS=setting).stdout)
+    assert paths == expected

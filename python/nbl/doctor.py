@@ -223,8 +223,10 @@ def _environment() -> Iterator[Finding]:
 def _build(build: dict) -> Iterator[Finding]:
     """nbl_kernels.build_info(), a line for each entry that the lines above do not have."""
     for key, value in build.items():
-        if key in ("python", "torch", "threads", "cuda") or value in (None, "", []):
+        if key in ("python", "torch", "threads", "cuda") or value in (None, "", [], {}):
             continue
+        if isinstance(value, dict):
+            value = [f"{name}: {entry}" for name, entry in value.items()]
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         absent = key == "cuda_reason" and not build.get("cuda")
         yield Finding("note" if absent else "ok", f"nbl_kernels: {key.replace('_', ' ')}", shown)

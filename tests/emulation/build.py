@@ -13,10 +13,17 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-FLAGS = (
-    "-std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined "
-    "-fno-sanitize-recover=all -Wall -Wno-unknown-pragmas -DNBL_EMULATE"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DNBL_EMULATE",
+]
 
 
 class EmulationError(AssertionError):

@@ -1,0 +1,31 @@
+// Which implementation an operator runs on CUDA tensors. A path becomes the default of a GPU only
+// by a line in the table of paths.cpp that names the result file which showed it right and faster.
+#pragma once
+
+#include <map>
+#include <string>
+
+namespace nbl {
+
+enum class Path {
+  kPlain,     // PyTorch operations (nbl_kernels/_ops.py)
+  kKernel,    // our kernels, and cuBLASLt above their rows (linear); ours and cuSOLVER (solve)
+  kCublas,    // gram: cuBLAS on panels of the upper triangle
+  kPortable,  // gram: nbl/cuda/gram.cuh
+  kHopper,    // gram: nbl/cuda/gram_sm90.cuh
+};
+using GramPath = Path;
+using SolvePath = Path;
+
+// For the device of compute capability major * 10 + minor.
+Path linear_path(int compute_capability);
+Path gram_path(int compute_capability);
+Path solve_path(int compute_capability);
+
+// For the Python module: op is "linear", "gram" or "solve", path one of its names or "auto" (the
+// table's choice). NBL_CUDA_PATHS="linear=kernel,gram=hopper" or "all=kernel" sets them at start;
+// for gram, "kernel" is the fastest of ours that the device can run.
+std::map<std::string, std::string> cuda_paths(int compute_capability);
+void set_cuda_path(const std::string& op, const std::string& path);
+
+}  // namespace nbl
