@@ -48,6 +48,7 @@ class Toolkit:
         roots = [self.home, *self.home.glob("targets/*-linux"), *self._pip_roots()]
         self.include_dirs = self._include_dirs(roots)
         self.libraries = [self._library(name, roots) for name in CUDA_LIBRARIES]
+        self.library_dirs = self._library_dirs(self._library("cudart", roots))
 
     @staticmethod
     def _find_home() -> Path:
@@ -94,6 +95,18 @@ class Toolkit:
                 raise NoCuda(f"no {header}: neither in the CUDA toolkit nor in pip's nvidia folder")
             folders[str(found / "include")] = None
         return list(folders)
+
+    @staticmethod
+    def _library_dirs(cudart: str) -> list[str]:
+        """Where torch's -lcudart finds it: pip's package has no file of that plain name."""
+        if cudart.endswith(".so"):
+            return []
+        folder = ROOT / "build" / "cuda_libraries"
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / "libcudart.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(cudart)
+        return [str(folder)]
 
     @staticmethod
     def _library(name: str, roots: list[Path]) -> str:
@@ -178,6 +191,7 @@ def cuda_extension(toolkit: Toolkit, archs: list[str]):
         "nbl_kernels._C_cuda",
         sources("cuda", "*.cpp", "*.cu"),
         include_dirs=[*INCLUDES, *toolkit.include_dirs],
+        library_dirs=toolkit.library_dirs,
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
             ("USE_CUDA", None),  # the CUDA part of torch's stable C interface
