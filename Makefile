@@ -23,7 +23,7 @@ lint: install
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==23.1.5  # formats differ between versions
 	$(BIN)/ruff check --no-cache .  # a cache would miss what new files change in others
 	$(BIN)/ruff format --no-cache --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests benchmarks -regex '.*\.\(h\|cuh\|cpp\|cu\)' | xargs $(BIN)/clang-format --dry-run --Werror
 
 install: $(VENV)/.installed
 

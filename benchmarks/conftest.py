@@ -1,11 +1,18 @@
-"""The `compare` fixture, the result rows, and the summary at the end of `pytest --benchmark`."""
+"""The `compare` fixture, the result rows, and the summary at the end of `pytest --benchmark`.
+
+Every benchmark names its sizes per device in a mark, `sizes(cpu=[…], cuda=[…], dry=[…])`: grids of
+arguments, the last argument of a grid varying fastest.
+"""
 
 from __future__ import annotations
 
 import csv
 import itertools
+import json
+import math
 import re
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -14,6 +21,8 @@ from pathlib import Path
 import machine
 import pytest
 import torch
+from gpu.comparison import GpuComparison, GpuRow, as_dict
+from gpu.devices import DEVICES
 from torch import Tensor
 
 SECONDS_PER_ROW = 1.2  # of repetitions, split between everything that is compared
@@ -54,8 +63,15 @@ class Row:
 class Comparison:
     """Times ours beside PyTorch: interleaved, repetition by repetition, on data out of cache."""
 
-    def __init__(self, benchmark, rows: list[Row]) -> None:
-        self.benchmark, self.rows = benchmark, rows
+    device = "cpu"
+    block_bytes = machine.BLOCK_BYTES
+
+    def __init__(self, benchmark, add: Callable[[Row], None], deadline: float) -> None:
+        self.benchmark, self.add, self.deadline = benchmark, add, deadline
+
+    def skip_if_longer_than_left(self, seconds: float) -> None:
+        if time.monotonic() + seconds > self.deadline:
+            pytest.skip("out of time")
 
     def __call__(
         self,
@@ -63,6 +79,7 @@ class Comparison:
         shape: str,
         dtype: torch.dtype,
         *,
+        switch: str,
         ours: Call,
         pytorch: dict[str, Call],
         ref: Call,
@@ -70,16 +87,23 @@ class Comparison:
         flops: float,
         bytes_read: float = 0.0,
         weights: Tensor | None = None,
-        error: str,
+        pytorch_share: float = 1.0,
+        others: dict[str, Callable[[], Call]] | None = None,
+        error: Callable[[], float],
+        pytorch_error: float | None = None,
     ) -> None:
         """Adds a row.
 
         Args:
+            switch: whose paths are compared on a GPU: linear, gram or solve.
             ours, pytorch, ref: what is compared; every call gets the number of the next copy.
             copies: of the data, together larger than the caches.
             flops, bytes_read: of one call. The limit is whichever takes longer on this machine.
             weights: where bytes may be the limit, all copies as one block: the best read loops
                 go over it in turn with the others, so that all see the same machine.
+            pytorch_share: of the work of one call of ours that a call of pytorch does.
+            others: libraries to compare with on a GPU, made when they are needed.
+            error, pytorch_error: relative to float64, of ours and of PyTorch's first.
         """
         read_rate = max(machine.read_rates().values()) if weights is not None else float("inf")
         by_bytes = bytes_read / read_rate > flops / machine.gemm_rate(dtype)
@@ -140,7 +164,8 @@ class Comparison:
             amount, unit, limit = bytes_read, "GB/s", weights.nbytes / fastest
         else:
             amount, unit, limit = flops, "GFLOP/s", machine.gemm_rate(dtype)
-        best = min(medians.values())
+        best = min(s for name, s in medians.items() if name in pytorch) / pytorch_share
+        of_pytorch = "" if pytorch_error is None else f" (PyTorch {pytorch_error:.1e})"
         row = Row(
             benchmark=op,
             shape=shape,
@@ -154,18 +179,59 @@ class Comparison:
             best_pytorch_us=round(best * 1e6, 1),
             ref_us=round(medians["ref"] * 1e6, 1),
             speedup=round(best / ours_s, 3),
-            error=error,
+            error=f"{error():.1e}{of_pytorch}",
         )
         self.benchmark.extra_info.update(asdict(row))
-        self.rows.append(row)
+        self.add(row)
 
 
-ROWS = pytest.StashKey[list[Row]]()
+ROWS = pytest.StashKey[list[Row | GpuRow]]()
+DEVICE = pytest.StashKey()  # of gpu.devices; none on the CPU
+DEADLINE = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sizes(cpu, cuda, dry): grids of arguments per device")
+    config.stash[ROWS] = []
+    minutes = config.getoption("--benchmark-minutes")
+    config.stash[DEADLINE] = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    device = config.getoption("--benchmark-device")
+    if device in DEVICES:
+        config.stash[DEVICE] = DEVICES[device]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("sizes")
+    if mark is None:
+        return
+    grids = mark.kwargs[metafunc.config.getoption("--benchmark-device")]
+    names = list(dict.fromkeys(name for grid in grids for name in grid))
+    cases = [case for grid in grids for case in itertools.product(*(grid[n] for n in names))]
+    ids = ["-".join(_label(n, value) for n, value in zip(names, case)) for case in cases]
+    metafunc.parametrize(names, cases, ids=ids)
+
+
+def _label(name: str, value: object) -> str:
+    letters = {"m": "M", "d": "d", "tokens": "N", "layers": "L"}
+    return f"{letters.get(name, '')}{value}"
 
 
 @pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest) -> Comparison:
-    return Comparison(benchmark, request.config.stash.setdefault(ROWS, []))
+def compare(request: pytest.FixtureRequest) -> Comparison | GpuComparison:
+    config = request.config
+    if time.monotonic() > config.stash[DEADLINE]:
+        pytest.skip("out of time")
+
+    def add(row: Row | GpuRow | dict[str, str]) -> None:
+        config.stash[ROWS].append(row)
+        path = _results_path(config)
+        if path is not None and path.suffix == ".jsonl":
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(as_dict(row), ensure_ascii=False) + "\n")
+
+    if DEVICE in config.stash:
+        return GpuComparison(config.stash[DEVICE], add, config.stash[DEADLINE])
+    return Comparison(request.getfixturevalue("benchmark"), add, config.stash[DEADLINE])
 
 
 @pytest.fixture
@@ -182,39 +248,53 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         _summarize(rows, terminalreporter, config)
 
 
-def _summarize(rows: list[Row], terminalreporter, config: pytest.Config) -> None:
+def _summarize(rows: list[Row | GpuRow | dict], terminalreporter, config: pytest.Config) -> None:
     terminalreporter.section("kernels beside PyTorch and the limits of this machine")
     say = terminalreporter.write_line
-    env = machine.environment()
+    env = _environment(config)
+    on_gpu = DEVICE in config.stash
+    place = f"{env['threads']} threads, {env['cpu_capability']}" if not on_gpu else env["device"]
     say(
-        f"{env['device']}, {env['threads']} threads, {env['cpu_capability']}, torch {env['torch']},"
+        f"{machine.cpu_model()}, {place}, torch {env['torch']},"
         f" commit {env['commit']}{'+changes' * (env['dirty'] == 1)}"
     )
-    if any(row.unit == "GB/s" for row in rows):
+    if on_gpu:
+        say(f"  copy {config.stash[DEVICE].copy_rate() / 1e9:6.1f} GB/s")
+    elif any(row.unit == "GB/s" for row in rows):
         for name, rate in sorted(machine.read_rates().items(), key=lambda item: -item[1]):
             say(f"  read {rate / 1e9:6.1f} GB/s  {name}")
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        rate = machine.gemm_rate(getattr(torch, dtype))
+    gemm_rate = config.stash[DEVICE].gemm_rate if on_gpu else machine.gemm_rate
+    for dtype in dict.fromkeys(as_dict(row)["dtype"] for row in rows):
+        rate = gemm_rate(getattr(torch, dtype))
         say(f"  gemm {rate / 1e9:6.0f} GFLOP/s  {dtype}")
     for row in rows:
-        say(str(row))
+        say("  ".join(row.values()) if isinstance(row, dict) else str(row))
     path = _results_path(config)
     if path is not None:
-        _append(path, rows)
+        if path.suffix != ".jsonl":  # there the rows are already
+            _append(path, [row for row in rows if not isinstance(row, dict)], env)
         say(f"{len(rows)} rows appended to {path}")
+
+
+def _environment(config: pytest.Config) -> dict[str, object]:
+    env = machine.environment()
+    if DEVICE in config.stash:
+        env = {**env, **config.stash[DEVICE].environment()}
+    return env
 
 
 def _results_path(config: pytest.Config) -> Path | None:
     given = config.getoption("--benchmark-results")
     if given is None:
-        name = re.sub(r"[^a-z0-9]+", "-", machine.cpu_model().lower()).strip("-")
+        device = _environment(config)["device"]
+        name = re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-")
         return Path(__file__).parent / "results" / f"{name}.csv"
     return None if given == "none" else Path(given)
 
 
-def _append(path: Path, rows: list[Row]) -> None:
+def _append(path: Path, rows: list[Row | GpuRow], env: dict[str, object]) -> None:
     date = datetime.now().astimezone().isoformat(timespec="seconds")
-    lines = [{"date": date, **machine.environment(), **asdict(row)} for row in rows]
+    lines = [{"date": date, **env, **as_dict(row)} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")

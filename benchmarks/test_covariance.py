@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
-import machine
 import pytest
 import torch
 from torch import Tensor
 
 import nbl_kernels as nk
 
-TOKENS = 4096
-
 
 def full_grams(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return f.T @ f, y.T @ f, y.T @ y
+    """On a GPU with float32 results, which cost no more there and lose nothing to bfloat16."""
+    mm = functools.partial(torch.mm, out_dtype=torch.float32) if f.is_cuda else torch.mm
+    return mm(f.T, f), mm(y.T, f), mm(y.T, y)
+
+
+def cupy_grams(features: Tensor, targets: Tensor):
+    """The same by CuPy, on CUDA tensors as float16 (CuPy before 14 has no bfloat16)."""
+    import cupy
+
+    f, y = (cupy.from_dlpack(t.half()) for t in (features, targets))
+    return lambda i: (f[i].T @ f[i], y[i].T @ f[i], y[i].T @ y[i])
 
 
 def relative_error(grams: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
@@ -25,28 +33,44 @@ def relative_error(grams: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> floa
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("d", [1024, 2048], ids="d{}".format)
-def test_update(compare, d: int, dtype: str) -> None:
-    f, y = torch.randn(2, TOKENS, d).add(0.5).to(getattr(torch, dtype))
-    copies = math.ceil(machine.BLOCK_BYTES / (f.nbytes + y.nbytes))
+@pytest.mark.sizes(
+    cpu=[{"d": (1024, 2048), "dtype": ("bfloat16", "float32"), "tokens": (4096,)}],
+    cuda=[
+        {"d": (4096,), "dtype": ("bfloat16",), "tokens": (8192, 16384)},
+        {"d": (2048,), "dtype": ("bfloat16",), "tokens": (8192,)},
+    ],
+    dry=[{"d": (48,), "dtype": ("bfloat16",), "tokens": (256,)}],
+)
+def test_update(compare, d: int, dtype: str, tokens: int) -> None:
+    f, y = torch.randn(2, tokens, d, device=compare.device).add(0.5).to(getattr(torch, dtype))
+    copies = math.ceil(compare.block_bytes / (f.nbytes + y.nbytes))
     features, targets = f.expand(copies, *f.shape).clone(), y.expand(copies, *y.shape).clone()
-    accumulator = nk.CovarianceAccumulator(d, d)
+    accumulator = nk.CovarianceAccumulator(d, d, device=compare.device)
+    exact = full_grams_float64(f, y)
 
-    accumulator.update(f, y)
-    state = accumulator.state_dict()
-    exact = full_grams(f.double(), y.double())
-    ours_error = relative_error(tuple(state[f"gram_{s}"] for s in ("ff", "tf", "tt")), exact)
-    error = f"{ours_error:.1e} (PyTorch {relative_error(full_grams(f, y), exact):.1e})"
+    def error() -> float:
+        fresh = nk.CovarianceAccumulator(d, d, device=compare.device)
+        fresh.update(f, y)
+        state = fresh.state_dict()
+        return relative_error(tuple(state[f"gram_{s}"] for s in ("ff", "tf", "tt")), exact)
+
     compare(
         "covariance",
-        f"{TOKENS}x{d}",
+        f"{tokens}x{d}",
         f.dtype,
+        switch="gram",
         ours=lambda i: accumulator.update(features[i], targets[i]),
         pytorch={"full Gram matrices": lambda i: full_grams(features[i], targets[i])},
         # in float64, as the paper's authors do
         ref=lambda i: nk.covariance_update_ref(features[i], targets[i]),
+        others={"cupy": lambda: cupy_grams(features, targets)} if f.is_cuda else {},
         copies=copies,
-        flops=2 * TOKENS * d * (2 * d + 1),  # symmetric matrices once
+        flops=2 * tokens * d * (2 * d + 1),  # symmetric matrices once
         error=error,
+        pytorch_error=relative_error(full_grams(f, y), exact),
     )
+
+
+def full_grams_float64(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    f, y = f.double(), y.double()
+    return f.T @ f, y.T @ f, y.T @ y

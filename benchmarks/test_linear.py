@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 
-import machine
 import pytest
 import torch
 from torch import Tensor
@@ -14,17 +13,21 @@ from torch.nn import functional as F
 import nbl_kernels as nk
 
 EPS = 1e-6
-HALF_AND_FULL = ("bfloat16", "float32", "float16")
-ROWS = (1, 4, 16, 17, 64, 512)
-QKV = {2048: 3072, 4096: 6144}  # the shapes of Llama-3.2-1B and Llama-3.1-8B
-INTERMEDIATE = {2048: 8192, 4096: 14336}
+CPU_ROWS = (1, 4, 16, 17, 64, 512)
+CUDA_ROWS = (1, 2, 4, 8, 16, 17, 64, 512, 2048, 8192)
+DRY_ROWS = (1, 17)
+# Trying every matrix product template takes the compiler long: only here, and at d = 4096.
+AUTOTUNED_ROWS = (1, 16, 512)
+# The shapes of Llama-3.2-1B and Llama-3.1-8B, and a tiny one.
+QKV = {64: 96, 2048: 3072, 4096: 6144}
+INTERMEDIATE = {64: 128, 2048: 8192, 4096: 14336}
 
 
 @functools.lru_cache(maxsize=1)
-def copies_of_weight(n: int, k: int, dtype: torch.dtype) -> Tensor:
+def copies_of_weight(n: int, k: int, dtype: torch.dtype, device: str, block_bytes: int) -> Tensor:
     """(copies, n, k), together larger than the caches; kept for the next number of rows."""
-    weight = (torch.randn(n, k) / k**0.5).to(dtype)
-    copies = math.ceil(machine.BLOCK_BYTES / weight.nbytes)
+    weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
+    copies = max(2, math.ceil(block_bytes / weight.nbytes))
     return weight.expand(copies, n, k).contiguous()
 
 
@@ -34,34 +37,47 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 
 def run(compare, compiled, op, shape, x, weights, ours, chain, ref, exact) -> None:
     pytorch = {"eager": lambda i: chain(x, weights[i])}
-    if compiled:
-        fast_chain = torch.compile(chain)
-        pytorch["compiled"] = lambda i: fast_chain(x, weights[i])
+    modes = ["default"] if compiled else []
+    if modes and x.is_cuda and x.shape[-1] == 4096 and len(x) in AUTOTUNED_ROWS:
+        modes.append("max-autotune-no-cudagraphs")
+    torch.compiler.reset()  # or the next shape is compiled for every shape, or not at all
+    for mode in modes:
+        fast_chain = torch.compile(chain, mode=mode, dynamic=False)
+        pytorch["compiled" if mode == "default" else "autotuned"] = (
+            lambda i, fast_chain=fast_chain: fast_chain(x, weights[i])
+        )
     exact_out = exact(x.double(), weights[0].double())
-    errors = [relative_error(f(x, weights[0]), exact_out) for f in (ours, chain)]
-    out = ours(x, weights[0])
     with torch.inference_mode():
         compare(
             op,
             shape,
             x.dtype,
+            switch="linear",
             ours=lambda i: ours(x, weights[i]),
             pytorch=pytorch,
             ref=lambda i: ref(x, weights[i]),
             copies=len(weights),
             flops=2 * x.shape[0] * weights[0].numel(),
-            bytes_read=weights[0].nbytes + x.nbytes + out.nbytes,
+            bytes_read=weights[0].nbytes + x.nbytes + exact_out.numel() * x.element_size(),
             weights=weights,
-            error="{:.1e} (PyTorch {:.1e})".format(*errors),
+            error=lambda: relative_error(ours(x, weights[0]), exact_out),
+            pytorch_error=relative_error(chain(x, weights[0]), exact_out),
         )
 
 
-@pytest.mark.parametrize("m", ROWS, ids="M{}".format)
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
-@pytest.mark.parametrize("d", [2048, 4096], ids="d{}".format)
+@pytest.mark.sizes(
+    cpu=[{"d": (2048, 4096), "dtype": ("bfloat16", "float32", "float16"), "m": CPU_ROWS}],
+    cuda=[
+        {"d": (4096, 8192), "dtype": ("bfloat16",), "m": CUDA_ROWS},
+        {"d": (2048,), "dtype": ("bfloat16",), "m": (1, 4, 16, 64, 512)},
+        {"d": (4096,), "dtype": ("float16", "float32"), "m": (1, 16, 512)},
+    ],
+    dry=[{"d": (64,), "dtype": ("bfloat16", "float32"), "m": DRY_ROWS}],
+)
 def test_residual_linear(compare, compiled, d: int, dtype: str, m: int) -> None:
-    weights = copies_of_weight(d, d, getattr(torch, dtype))
-    x, b = torch.randn(m, d).to(weights.dtype), torch.randn(d).to(weights.dtype)
+    weights = copies_of_weight(d, d, getattr(torch, dtype), compare.device, compare.block_bytes)
+    x = torch.randn(m, d, device=compare.device).to(weights.dtype)
+    b = torch.randn(d, device=compare.device).to(weights.dtype)
     run(
         compare,
         compiled,
@@ -76,11 +92,14 @@ def test_residual_linear(compare, compiled, d: int, dtype: str, m: int) -> None:
     )
 
 
-@pytest.mark.parametrize("m", ROWS, ids="M{}".format)
-@pytest.mark.parametrize("d", [2048, 4096], ids="d{}".format)
+@pytest.mark.sizes(
+    cpu=[{"d": (2048, 4096), "m": CPU_ROWS}],
+    cuda=[{"d": (4096,), "m": (1, 4, 16, 17, 64, 512, 2048)}],
+    dry=[{"d": (64,), "m": DRY_ROWS}],
+)
 def test_norm_linear(compare, compiled, d: int, m: int) -> None:
-    weights = copies_of_weight(QKV[d], d, torch.bfloat16)
-    x, norm = torch.randn(m, d).bfloat16(), torch.rand(d).add(0.5).bfloat16()
+    weights = copies_of_weight(QKV[d], d, torch.bfloat16, compare.device, compare.block_bytes)
+    x, norm = inputs_and_norm(m, d, compare.device)
     run(
         compare,
         compiled,
@@ -95,11 +114,15 @@ def test_norm_linear(compare, compiled, d: int, m: int) -> None:
     )
 
 
-@pytest.mark.parametrize("m", ROWS, ids="M{}".format)
-@pytest.mark.parametrize("d", [2048, 4096], ids="d{}".format)
+@pytest.mark.sizes(
+    cpu=[{"d": (2048, 4096), "m": CPU_ROWS}],
+    cuda=[{"d": (4096,), "m": (1, 4, 16, 17, 64, 512, 2048)}],
+    dry=[{"d": (64,), "m": DRY_ROWS}],
+)
 def test_norm_swiglu(compare, compiled, d: int, m: int) -> None:
-    weights = copies_of_weight(2 * INTERMEDIATE[d], d, torch.bfloat16)
-    x, norm = torch.randn(m, d).bfloat16(), torch.rand(d).add(0.5).bfloat16()
+    n = 2 * INTERMEDIATE[d]
+    weights = copies_of_weight(n, d, torch.bfloat16, compare.device, compare.block_bytes)
+    x, norm = inputs_and_norm(m, d, compare.device)
 
     def chain(x: Tensor, w: Tensor) -> Tensor:
         gate, up = F.linear(F.rms_norm(x, (d,), norm, EPS), w).chunk(2, dim=-1)
@@ -117,3 +140,8 @@ def test_norm_swiglu(compare, compiled, d: int, m: int) -> None:
         ref=lambda x, w: nk.norm_swiglu_ref(x, norm, w, norm_eps=EPS),
         exact=lambda x, w: nk.norm_swiglu_ref(x, norm.double(), w, norm_eps=EPS),
     )
+
+
+def inputs_and_norm(m: int, d: int, device: str) -> tuple[Tensor, Tensor]:
+    x, norm = torch.randn(m, d, device=device), torch.rand(d, device=device).add(0.5)
+    return x.bfloat16(), norm.bfloat16()

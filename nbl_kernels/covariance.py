@@ -1,6 +1,8 @@
 """Streaming first and second moments of features and targets.
 
-CPU kernels: ``csrc/include/nbl/cpu/gram.h``, launched by ``csrc/cpu/covariance.cpp``.
+CPU kernels: ``csrc/include/nbl/cpu/gram.h``, launched by ``csrc/cpu/covariance.cpp``. CUDA kernels:
+``csrc/include/nbl/cuda/gram.cuh`` (any GPU from sm_80 on), ``gram_sm90.cuh`` (Hopper) and
+``column_stats.cuh``, launched by ``csrc/cuda/covariance.cu`` where ``cuda_paths()`` says so.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from nbl_kernels.arrays import borrowed
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ class CovarianceAccumulator:
     float64; channels with |mean| > 8 standard deviations are shifted before multiplying and the
     shift is undone in float64. Relative to float64 on the same inputs the Gram matrices are right
     to 1e-6 (Frobenius), the correlations to 1e-5, however the tokens are split over updates.
-    Symmetric matrices are computed once (upper triangle).
+    Symmetric matrices are computed once (upper triangle; the rest of those sums stays as it was).
+
+    The CUDA kernels hold to the same errors otherwise: tensor cores add up at most 128 tokens,
+    because they cut off instead of rounding, and shift from 3 standard deviations on. An update
+    waits once for the stream, to learn whether its input may be accumulated, so it cannot be
+    captured in a CUDA graph (RuntimeError).
 
     Args:
         feature_dim, target_dim, block_dim: d_f, d_t, d_b; block_dim 0: no block.
@@ -97,7 +106,8 @@ class CovarianceAccumulator:
         *,
         mask: Tensor | None = None,
     ) -> None:
-        """Adds tokens. On an error nothing has been added.
+        """Adds tokens: tensors, or arrays (``nbl_kernels/arrays.py``). On an error nothing has been
+        added.
 
         Args:
             features: (…, d_f), float32, bfloat16 or float16.
@@ -109,6 +119,10 @@ class CovarianceAccumulator:
             ValueError, TypeError: a shape or type does not fit; names the argument.
             RuntimeError: a counted token is not finite; names input, token and channel.
         """
+        if not isinstance(features, Tensor):
+            required = {"features": features, "targets": targets}
+            with borrowed("", required, {"block": block, "mask": mask}) as (tensors, _):
+                return self.update(**tensors)
         inputs = {"features": (features, self.feature_dim), "targets": (targets, self.target_dim)}
         if (block is None) != (self.block_dim == 0):
             expected = f"(…, {self.block_dim})" if self.block_dim else "absent (block_dim is 0)"

@@ -4,12 +4,16 @@ CPU kernels: ``csrc/include/nbl/cpu/skinny_linear.h``, launched by ``csrc/cpu/sk
 Up to 16 rows of x (decode) one kernel reads the weight once; with more rows (prefill) ATen's matrix
 product runs between our normalization and epilogue, or, where that is slower (float32 up to 64
 rows, float16), the kernel runs once for every 16 rows.
+
+NumPy and CuPy arrays are as good as tensors here: see ``nbl_kernels/arrays.py``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from nbl_kernels.arrays import borrowed
 
 
 def residual_linear(
@@ -41,13 +45,17 @@ def residual_linear(
         Nothing is mutated. Differentiable (by recomputation in plain PyTorch).
 
     Raises:
-        TypeError: x or weight is no tensor.
+        TypeError: an argument is no tensor or array, or the arrays are not of one kind.
         RuntimeError: a shape, dtype or device does not fit; names the argument.
 
     Equivalent to ``residual + F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     Source: NBL (arXiv 2505.21077), section 3: the layer becomes ``x + W f + b``.
     """
-    _check_tensors("residual_linear", x=x, weight=weight)
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        required = {"x": x, "weight": weight}
+        optional = {"bias": bias, "residual": residual, "norm_weight": norm_weight}
+        with borrowed("residual_linear: ", required, optional) as (tensors, give_back):
+            return give_back(residual_linear(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.residual_linear
         if _needs_gradient(x, weight, bias, residual, norm_weight)
@@ -72,7 +80,12 @@ def norm_linear(
 
     Equivalent to ``F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     """
-    _check_tensors("norm_linear", x=x, norm_weight=norm_weight, weight=weight)
+    if not (
+        isinstance(x, Tensor) and isinstance(norm_weight, Tensor) and isinstance(weight, Tensor)
+    ):
+        required = {"x": x, "norm_weight": norm_weight, "weight": weight}
+        with borrowed("norm_linear: ", required, {"bias": bias}) as (tensors, give_back):
+            return give_back(norm_linear(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.norm_linear
         if _needs_gradient(x, norm_weight, weight, bias)
@@ -94,7 +107,14 @@ def norm_swiglu(
     Equivalent to ``gate, up = F.linear(F.rms_norm(x, …), gate_up_weight).chunk(2, -1)`` and
     ``F.silu(gate) * up``.
     """
-    _check_tensors("norm_swiglu", x=x, norm_weight=norm_weight, gate_up_weight=gate_up_weight)
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(norm_weight, Tensor)
+        and isinstance(gate_up_weight, Tensor)
+    ):
+        required = {"x": x, "norm_weight": norm_weight, "gate_up_weight": gate_up_weight}
+        with borrowed("norm_swiglu: ", required) as (tensors, give_back):
+            return give_back(norm_swiglu(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.norm_swiglu
         if _needs_gradient(x, norm_weight, gate_up_weight)
@@ -105,9 +125,3 @@ def norm_swiglu(
 
 def _needs_gradient(*arguments: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments)
-
-
-def _check_tensors(op: str, **arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")

@@ -9,24 +9,30 @@ With ``C_ff + λI = L Lᵀ`` and ``G = C_tf L⁻ᵀ``::
 and with ``C_bb = K Kᵀ`` the canonical correlations ρ of block and features are the singular
 values of ``K⁻¹ C_bf L⁻ᵀ``, so ``Σ ρ²`` is its squared Frobenius norm: no eigenvalues, no SVD.
 
-Kernels: ``csrc/cpu/lmmse.cpp``. Everything is float64. Matrices are scaled to unit diagonal before
-they are factored. The solves run on the CPU; moments of another device are copied there and back.
+Everything is float64. Matrices are scaled to unit diagonal before they are factored. The steps are
+in ``csrc/lmmse_solve.h``; the CPU's are in ``csrc/cpu/lmmse.cpp``, those of CUDA in
+``csrc/cuda/lmmse.cu``. A device without a solver of ours (or one that has not been measured to be
+right and faster: ``csrc/cuda/paths.cpp``) has its matrices copied to the CPU and back.
 Source: NBL (arXiv 2505.21077), Proposition 3.1 and Theorem 3.2.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nbl_kernels.arrays import borrowed
 from nbl_kernels.covariance import Moments
 
-# Stacked covariance matrices handed to one call: more layers than fit are solved group by group.
+# What one call may take on the CPU (on CUDA: half of what is free): more layers than fit are solved
+# group by group.
 _GROUP_BYTES = 1 << 30
 
 
@@ -41,6 +47,43 @@ class Lmmse:
     factors: tuple[Tensor, Tensor] | None = None  # (U (…, d_t, r), V (…, r, d_f)), weight = U V
 
 
+def _takes_arrays(solve: Callable) -> Callable:
+    """Lets moments hold NumPy or CuPy arrays, all of one kind; then the result does, too."""
+
+    @functools.wraps(solve)
+    def wrapper(moments: Moments | Sequence[Moments], **options: Any) -> Any:
+        single = isinstance(moments, Moments)
+        batch = [moments] if single else list(moments)
+        if all(isinstance(m.cov_ff, Tensor) for m in batch if isinstance(m, Moments)):
+            return solve(moments if single else batch, **options)
+        places = {
+            f"moments[{i}].{field.name}": (i, field.name)
+            for i, m in enumerate(batch)
+            if isinstance(m, Moments)
+            for field in fields(m)
+            if hasattr(getattr(m, field.name), "__dlpack__")
+        }
+        arrays = {name: getattr(batch[i], field) for name, (i, field) in places.items()}
+        with borrowed("", arrays) as (tensors, give_back):
+            for name, (i, field) in places.items():
+                batch[i] = replace(batch[i], **{field: tensors[name]})
+            result = solve(batch[0] if single else batch, **options)
+            return _mapped(give_back, result)
+
+    return wrapper
+
+
+def _mapped(function: Callable[[Tensor], Any], result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return function(result)
+    if isinstance(result, tuple):
+        return tuple(function(t) for t in result)
+    if isinstance(result, Lmmse):
+        return Lmmse(*(_mapped(function, getattr(result, f.name)) for f in fields(result)))
+    return result
+
+
+@_takes_arrays
 def lmmse_solve(
     moments: Moments | Sequence[Moments],
     *,
@@ -51,7 +94,8 @@ def lmmse_solve(
     """``W = C_tf (C_ff + λI)⁻¹``, ``b = E[t] - W E[f]``, λ = ridge · mean(diag C_ff).
 
     Args:
-        moments: of one layer, or a sequence of the same dimensions (batched over layers).
+        moments: of one layer, or a sequence of the same dimensions (batched over layers). Of
+            tensors, or of arrays (``nbl_kernels/arrays.py``): then the result is of arrays, too.
         ridge: >= 0. Grown tenfold (from 1e-12) while ``C_ff + λI`` cannot be factored or has a
             pivot of no more than rounding error; a warning and ``ridge`` of the result say so.
         bias: False uses the uncentered second moments in place of covariances, and b = 0.
@@ -78,27 +122,25 @@ def lmmse_solve(
 
     def solve(group: list[Moments]) -> tuple[Tensor, ...]:
         second = [_second_moments(m, centered=bias) for m in group]
-        ff, tf = _stack([s[0] for s in second]), _stack([s[1] for s in second])
-        energy = torch.stack([s[2] for s in second])
+        ff, tf, energy = (_stack(matrices) for matrices in zip(*second))
         return torch.ops.nbl.lmmse_solve(ff, tf, energy, float(ridge), rank or 0)
 
-    weight, u, v, error, used = _in_groups(batch, solve)
+    numbers = 2 * d_f * d_f + 4 * d_t * d_f + (3 * d_t * d_t if rank else 0)
+    weight, u, v, error, used = _in_groups(batch, numbers, solve)
     _check_ridge(used, float(ridge), "cov_ff")
     # Uncentered moments are divided by count, not count - ddof: so must the variance be.
     scale = [1.0 if bias else (m.count - m.ddof) / m.count for m in batch]
-    variance = torch.stack([m.cov_tt.diagonal().sum().cpu() * s for m, s in zip(batch, scale)])
+    variance = _stack([m.cov_tt.diagonal().sum() * s for m, s in zip(batch, scale)])
     # Constant targets: 0 when predicted exactly, infinity when (without a bias) they are not.
     nmse = torch.where(error > 0, error / variance, 0.0)
     b = None
     if bias:
-        means_f = torch.stack([m.mean_features.cpu() for m in batch])
-        means_t = torch.stack([m.mean_targets.cpu() for m in batch])
+        means_f = _stack([m.mean_features for m in batch])
+        means_t = _stack([m.mean_targets for m in batch])
         b = means_t - (weight @ means_f[..., None])[..., 0]
 
-    device = batch[0].cov_ff.device
-
     def result(t: Tensor) -> Tensor:
-        return (t if batched else t[0]).to(device)
+        return t if batched else t[0]
 
     return Lmmse(
         weight=result(weight),
@@ -109,6 +151,7 @@ def lmmse_solve(
     )
 
 
+@_takes_arrays
 def cca_bound(moments: Moments | Sequence[Moments]) -> Tensor:
     """``Σᵢ (1 - ρᵢ²)``, ρ the canonical correlations of the features and the block output.
 
@@ -117,45 +160,55 @@ def cca_bound(moments: Moments | Sequence[Moments]) -> Tensor:
     block on pre-norm features. Float64, shape () or (L,). Singular matrices get a small ridge
     (relative 1e-12 upwards, with a warning). Errors as :func:`lmmse_solve`.
     """
-    batch, batched = _as_batch(moments)
-    _warn_few_tokens(batch)
-    matrices = (_cca_matrices([m]) for m in batch)  # one at a time: only a number is kept of each
-    bounds = torch.stack([t.shape[1] - t.square().sum() for t in matrices]).clamp_min(0)
-    return (bounds if batched else bounds[0]).to(batch[0].cov_ff.device)
+
+    def bounds(matrices: Tensor) -> Tensor:
+        squares = torch.stack([torch.linalg.vector_norm(m).square() for m in matrices])
+        return (matrices.shape[1] - squares).clamp_min(0)
+
+    return _of_cca_matrices(moments, bounds)
 
 
+@_takes_arrays
 def canonical_correlations(moments: Moments | Sequence[Moments]) -> Tensor:
     """The canonical correlations of :func:`cca_bound`, descending, (…, min(d_b, d_f)), float64.
 
     A diagnostic: needs the singular values that the bound does not.
     """
+    return _of_cca_matrices(moments, lambda matrices: torch.linalg.svdvals(matrices).clamp(0, 1))
+
+
+def _of_cca_matrices(
+    moments: Moments | Sequence[Moments], function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``function`` of the matrices K⁻¹ C_bf L⁻ᵀ, stacked, of which only its result is kept."""
     batch, batched = _as_batch(moments)
     _warn_few_tokens(batch)
-    rho = torch.cat([torch.linalg.svdvals(_cca_matrices([m])) for m in batch]).clamp(0, 1)
-    return (rho if batched else rho[0]).to(batch[0].cov_ff.device)
+    for m in batch:
+        if m.cov_bf is None and m.cov_ff.shape != m.cov_tt.shape:
+            raise ValueError(
+                "moments without a block need features and targets of equal dimension (the block "
+                f"output is their sum), got {m.cov_ff.shape[0]} and {m.cov_tt.shape[0]}"
+            )
+    has_block = batch[0].cov_bf is not None
+    for i, m in enumerate(batch):
+        if (m.cov_bf is not None) != has_block:
+            raise ValueError(f"moments[{i}] must have a block if and only if the first has")
+        if has_block and m.cov_bf.shape != batch[0].cov_bf.shape:
+            raise ValueError(
+                f"moments[{i}] must have the dimensions of the first, "
+                f"{tuple(batch[0].cov_bf.shape)}, got {tuple(m.cov_bf.shape)}"
+            )
+    op = torch.ops.nbl.cca_matrix if has_block else torch.ops.nbl.residual_cca_matrix
+    names = ("cov_ff", "cov_bf", "cov_bb") if has_block else ("cov_ff", "cov_tf", "cov_tt")
 
+    def solve(group: list[Moments]) -> tuple[Tensor, ...]:
+        matrices, ridge = op(*(_stack([getattr(m, name) for m in group]) for name in names))
+        return function(matrices), ridge
 
-def _cca_matrices(batch: list[Moments]) -> Tensor:
-    blocks = [_block_moments(m) for m in batch]
-    matrix, ridge = torch.ops.nbl.cca_matrix(
-        _stack([m.cov_ff for m in batch]),
-        _stack([b[0] for b in blocks]),
-        _stack([b[1] for b in blocks]),
-    )
-    _check_ridge(ridge, 0.0, "cov_ff or cov_bb")
-    return matrix
-
-
-def _block_moments(m: Moments) -> tuple[Tensor, Tensor]:
-    """(cov_bf, cov_bb), of features + targets where no block was accumulated."""
-    if m.cov_bf is not None:
-        return m.cov_bf, m.cov_bb
-    if m.cov_ff.shape != m.cov_tt.shape:
-        raise ValueError(
-            "moments without a block need features and targets of equal dimension (the block "
-            f"output is their sum), got {m.cov_ff.shape[0]} and {m.cov_tt.shape[0]}"
-        )
-    return m.cov_tf + m.cov_ff, m.cov_tt + m.cov_tf + m.cov_tf.T + m.cov_ff
+    numbers = 2 * sum(getattr(batch[0], name).numel() for name in names)
+    result, ridge = _in_groups(batch, numbers, solve)
+    _check_ridge(ridge, 0.0, "cov_ff or cov_bb", stacklevel=5)
+    return result if batched else result[0]
 
 
 def _second_moments(m: Moments, centered: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,21 +242,31 @@ def _as_batch(moments: Moments | Sequence[Moments]) -> tuple[list[Moments], bool
     return batch, batched
 
 
-def _stack(matrices: list[Tensor]) -> Tensor:
-    """(L, d, d) on the CPU; a single matrix is not copied."""
-    return (matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)).cpu()
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """On the device of the first; a single one is not copied."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    return torch.stack([t.to(tensors[0].device) for t in tensors])
 
 
 def _in_groups(
-    batch: list[Moments], solve: Callable[[list[Moments]], tuple[Tensor, ...]]
+    batch: list[Moments], numbers: int, solve: Callable[[list[Moments]], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    size = 8 * (batch[0].cov_ff.numel() + 3 * batch[0].cov_tf.numel())
-    step = max(1, _GROUP_BYTES // max(1, size))
+    """The results of ``solve``, which takes ``numbers`` float64 per layer, for the whole batch."""
+    step = max(1, _group_bytes(batch[0].cov_ff.device) // (8 * max(1, numbers)))
     groups = [solve(batch[i : i + step]) for i in range(0, len(batch), step)]
     return groups[0] if len(groups) == 1 else tuple(torch.cat(parts) for parts in zip(*groups))
 
 
-def _check_ridge(used: Tensor, asked: float, matrix: str) -> None:
+def _group_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _GROUP_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + cached) // 2
+
+
+def _check_ridge(used: Tensor, asked: float, matrix: str, stacklevel: int = 4) -> None:
     for i, ridge in enumerate(used.tolist()):
         if math.isnan(ridge):
             raise ValueError(
@@ -215,7 +278,7 @@ def _check_ridge(used: Tensor, asked: float, matrix: str) -> None:
                 f"moments[{i}].{matrix} is singular to working precision (constant or dependent "
                 f"channels, or fewer tokens than channels): ridge {ridge:.0e} was used, "
                 f"not {asked:g}",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
 
@@ -226,5 +289,26 @@ def _warn_few_tokens(batch: list[Moments]) -> None:
         warnings.warn(
             f"canonical correlations of {d_f} features need many more than {d_f} tokens, got "
             f"{fewest}: they are 1 by construction",
-            stacklevel=3,
+            stacklevel=5,
         )
+
+
+@torch.library.register_fake("nbl::residual_cca_matrix")
+def _(cov_ff, cov_tf, cov_tt):
+    return cov_tf.new_empty(cov_tf.shape), cov_tf.new_empty((cov_tf.shape[0],))
+
+
+def _on_cpu(op: Callable) -> Callable:
+    """The operator where there is no solver of ours: on the CPU, results brought back."""
+
+    def composite(*arguments):
+        results = op(*(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
+        return tuple(t.to(arguments[0].device) for t in results)
+
+    return composite
+
+
+for _name in ("lmmse_solve", "cca_matrix", "residual_cca_matrix"):
+    torch.library.impl(
+        f"nbl::{_name}", "CompositeExplicitAutograd", _on_cpu(getattr(torch.ops.nbl, _name))
+    )

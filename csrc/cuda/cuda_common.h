@@ -49,9 +49,10 @@ struct Device {
   int most_shared_bytes;  // a block may ask for
 };
 
+inline constexpr int kMostDevices = 64;
+
 // Asked for once; of a device that exists.
 inline const Device& device_properties(int index) {
-  constexpr int kMostDevices = 64;
   static const std::array<Device, kMostDevices> devices = [] {
     std::array<Device, kMostDevices> all{};
     int count = 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -30,10 +31,12 @@ class EmulationError(AssertionError):
     """The emulated run ended badly: what the sanitizer or the emulation said."""
 
 
+@functools.cache
 def build_driver(name: str, sources_root: Path | None = None) -> Path:
     """Compiles drive_<name>.cpp against sources_root/csrc/include (default: this repository's).
 
-    Built once for each content of driver, emulation and headers, in the system's temporary folder.
+    Built once for each content of the driver and what it includes; kept in the system's temporary
+    folder.
     """
     root = Path(sources_root or ROOT)
     if not (root / "csrc" / "include").is_dir():
@@ -41,17 +44,18 @@ def build_driver(name: str, sources_root: Path | None = None) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    headers = sorted((root / "csrc" / "include").rglob("*.*h"))
+    includes = ["-I", str(root / "csrc" / "include"), "-I", str(HERE)]
+    command = [compiler, *FLAGS, *includes, str(HERE / f"drive_{name}.cpp")]
+    read = subprocess.run([*command, "-MM"], capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
     content = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
-    for file in [*headers, *sorted(HERE.glob("*.h")), HERE / f"drive_{name}.cpp"]:
-        content.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in read.stdout.replace("\\\n", " ").split()[1:]:  # drive_x.o: drive_x.cpp a.h b.h …
+        content.update(Path(file).name.encode() + b"\0" + Path(file).read_bytes())
     folder = Path(tempfile.gettempdir()) / f"nbl-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     driver = folder / f"{name}-{content.hexdigest()[:24]}"
     if not driver.exists():
         unfinished = driver.with_suffix(f".{os.getpid()}")
-        includes = ["-I", str(root / "csrc" / "include"), "-I", str(HERE)]
-        command = [compiler, *FLAGS, *includes, str(HERE / f"drive_{name}.cpp")]
         built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
         unfinished.replace(driver)

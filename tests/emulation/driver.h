@@ -26,6 +26,7 @@ T read() {
 
 template <class T>
 void write_array(const std::vector<T>& values) {
+  if (values.empty()) return;
   std::fwrite(values.data(), sizeof(T), values.size(), stdout);
 }
 

@@ -1,0 +1,108 @@
+"""Runs every kernel a few times on small shapes: what compute-sanitizer watches.
+
+Results are compared with the float64 reference loosely, so that a run that computes nothing does
+not pass; how exact they are is for tests/test_cuda.py. Inputs are made on the CPU: few kernels of
+others are launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from devices import DEVICES
+
+import nbl_kernels as nk
+
+EPS = 1e-6
+# (rows, K, N): one row and many, with and without vector loads, more than one block each way.
+LINEAR_SHAPES = [(1, 136, 72), (1, 37, 19), (3, 264, 40), (9, 45, 33), (16, 520, 136), (17, 72, 72)]
+GRAM_SHAPES = [(70, 48, 40), (131, 136, 24), (40, 33, 17), (300, 257, 130)]  # (tokens, d_f, d_t)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def check(name: str, actual: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    error = float((actual.cpu().double() - exact).norm() / exact.norm())
+    if not error <= tolerance:
+        sys.exit(f"{name}: relative error {error:.1e}, expected at most {tolerance:.0e}")
+
+
+def run_linears(device: str, name: str) -> None:
+    for m, k, n in LINEAR_SHAPES:
+        for dtype in DTYPES:
+            x, w = torch.randn(m, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+            g, b, r = (torch.randn(*shape).to(dtype) for shape in ((k,), (n,), (m, n)))
+            tolerance = 4 * torch.finfo(dtype).eps + 1e-5
+            calls = {
+                "residual_linear": ((x, w, b, r), {"norm_weight": g}),
+                "norm_linear": ((x, g, w, b), {}),
+                "norm_swiglu": ((x, g, torch.cat([w, w.flip(0)])), {}),
+            }
+            for op, (args, kwargs) in calls.items():
+                moved = {k: t.to(device) for k, t in kwargs.items()}
+                out = getattr(nk, op)(*(t.to(device) for t in args), **moved, norm_eps=EPS)
+                doubles = {k: t.double() for k, t in kwargs.items()}
+                reference = getattr(nk, f"{op}_ref")
+                exact = reference(*(t.double() for t in args), **doubles, norm_eps=EPS)
+                check(f"{op}, {name}, {dtype}, {(m, k, n)}", out, exact, tolerance)
+
+
+def run_grams(device: str, name: str) -> None:
+    for tokens, d_f, d_t in GRAM_SHAPES:
+        for dtype in DTYPES:
+            f, t = (torch.randn(tokens, d).add(3).to(dtype) for d in (d_f, d_t))
+            block, mask = f * 2, torch.rand(tokens) < 0.8
+            acc = nk.CovarianceAccumulator(d_f, d_t, block_dim=d_f, device=device)
+            acc.update(*(v.to(device) for v in (f, t, block)), mask=mask.to(device))
+            exact = nk.covariance_update_ref(f, t, block, mask)
+            state = acc.state_dict()
+            for pair in ("ff", "tf", "tt", "bf", "bb"):
+                actual, expected = state[f"gram_{pair}"].cpu(), exact[f"sum_{pair}"]
+                if pair[0] == pair[1]:  # the upper triangle is what is kept
+                    actual, expected = actual.triu(), expected.triu()
+                check(f"gram_{pair}, {name}, {dtype}", actual, expected, 1e-6)
+
+
+def run_solves(device: str, name: str) -> None:
+    batch = []
+    for _ in range(2):
+        f = torch.randn(400, 40)
+        acc = nk.CovarianceAccumulator(40, 40, block_dim=40)
+        t = f @ torch.randn(40, 40) + torch.randn(400, 40)
+        acc.update(f, t, f + t)
+        batch.append(acc.moments())
+    expected = nk.lmmse_solve(batch)
+    moved = [m.to(device) for m in batch]
+    for rank in (None, 8):
+        check(
+            f"lmmse_solve, {name}",
+            nk.lmmse_solve(moved, rank=rank).weight,
+            expected.weight if rank is None else nk.lmmse_solve(batch, rank=rank).weight,
+            1e-8,
+        )
+    check(f"cca_bound, {name}", nk.cca_bound(moved), nk.cca_bound(batch), 1e-8)
+
+
+RUNS = {"linear": run_linears, "gram": run_grams, "solve": run_solves}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=DEVICES, default="cuda")
+    parser.add_argument("--op", choices=RUNS, action="append", help="default: all")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = DEVICES[arguments.device]()
+    for op in arguments.op or RUNS:
+        for path in device.paths(op):
+            if path in ("plain", "cublas"):  # kernels of others
+                continue
+            device.use_path(op, path)
+            RUNS[op](device.device, path)
+            device.synchronize()
+            print(f"{op}: {path} ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()

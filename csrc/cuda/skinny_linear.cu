@@ -1,0 +1,271 @@
+// residual_linear, norm_linear, norm_swiglu on CUDA: checks, then the fused kernels for few rows
+// (decode) or cuBLASLt between our normalization and silu·up for many (prefill).
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cuda/cuda_common.h"
+#include "cuda/matmul.h"
+#include "cuda/paths.h"
+#include "linear_args.h"
+#include "nbl/cuda/launch.h"
+#include "nbl/cuda/skinny_linear.cuh"
+
+namespace nbl {
+namespace {
+
+// ---- Plain PyTorch -----------------------------------------------------------------------------
+
+// nbl::<op>_plain: the composite of PyTorch operations (nbl_kernels/_ops.py).
+Tensor run_plain(const LinearArgs& a) {
+  const std::string name = std::string("nbl::") + a.op + "_plain";
+  if (a.swiglu) {
+    std::array<StableIValue, 4> stack{to_ivalue(a.x), to_ivalue(*a.norm_weight),
+                                      to_ivalue(a.weight), to_ivalue(a.norm_eps)};
+    call_aten(name.c_str(), "", stack.data());
+    return tensor_from(stack[0]);
+  }
+  if (a.residual) {
+    std::array<StableIValue, 6> stack{to_ivalue(a.x),           to_ivalue(a.weight),
+                                      to_ivalue(a.bias),        to_ivalue(a.residual),
+                                      to_ivalue(a.norm_weight), to_ivalue(a.norm_eps)};
+    call_aten(name.c_str(), "", stack.data());
+    return tensor_from(stack[0]);
+  }
+  std::array<StableIValue, 5> stack{to_ivalue(a.x), to_ivalue(*a.norm_weight), to_ivalue(a.weight),
+                                    to_ivalue(a.bias), to_ivalue(a.norm_eps)};
+  call_aten(name.c_str(), "", stack.data());
+  return tensor_from(stack[0]);
+}
+
+// ---- Few rows ----------------------------------------------------------------------------------
+
+// The counters of the tiles whose k is split, zero between launches. Launches of one stream follow
+// each other and share them. A graph may be replayed beside whatever its stream does then, so what
+// is captured gets its own, from the memory of the graph, set to zero by a node of the graph: at
+// the first split of a capture, once per stream. (The partial sums need no care: like `out`, they
+// come from PyTorch's allocator, call by call.)
+uint32_t* tile_counters(const Tensor& like, cudaStream_t stream, int64_t count) {
+  struct Counters {
+    unsigned long long capture = 0;  // none
+    std::optional<Tensor> eager, captured;
+  };
+  static std::mutex mutex;
+  // Never destroyed: at exit the device may be gone before it.
+  static auto& streams = *new std::map<std::pair<int, cudaStream_t>, Counters>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Counters& mine = streams[{device_of(like), stream}];
+
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
+  const bool capturing = status == cudaStreamCaptureStatusActive;
+  std::optional<Tensor>& counters = capturing ? mine.captured : mine.eager;
+  if (capturing && capture != mine.capture) {
+    counters.reset();
+    mine.capture = capture;
+  }
+  if (!counters || counters->size(0) < count) {
+    constexpr int64_t kAtLeast = 1024;
+    counters = torch::stable::new_zeros(like, {std::max(count, kAtLeast)}, ScalarType::Int);
+  }
+  return static_cast<uint32_t*>(counters->mutable_data_ptr());
+}
+
+// Programmatic dependent launch: NBL_DEPENDENT_LAUNCH=0 turns it off.
+bool dependent_launch(int device) {
+  static const bool allowed = [] {
+    const char* text = std::getenv("NBL_DEPENDENT_LAUNCH");
+    return text == nullptr || std::string(text) != "0";
+  }();
+  return allowed && compute_capability(device) >= 90;
+}
+
+// Whether every row can be read by 16 bytes at a time.
+bool whole_granules(const void* rows, int64_t count, int64_t columns, int64_t stride,
+                    int64_t element) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && columns * element % 16 == 0 &&
+         (count <= 1 || stride * element % 16 == 0);
+}
+
+void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
+  const int64_t k = a.x.size(-1), element = static_cast<int64_t>(a.x.element_size());
+  const int device = device_of(a.x);
+  const cudaStream_t stream = current_stream(a.x);
+  LinearParams p{};
+  p.x = a.x.const_data_ptr();
+  p.x_stride = row_stride(a.x);
+  p.norm_weight = data(a.norm_weight);
+  p.norm_eps = static_cast<float>(a.norm_eps);
+  p.weight = a.weight.const_data_ptr();
+  p.weight_stride = a.weight.stride(0);
+  p.bias = data(a.bias);
+  p.residual = data(a.residual);
+  p.residual_stride = a.residual ? row_stride(*a.residual) : 0;
+  p.out = out.mutable_data_ptr();
+  p.out_stride = n;
+  p.m = static_cast<int>(m);
+  p.n = static_cast<int>(n);
+  p.k = static_cast<int>(k);
+  p.dependent = dependent_launch(device);
+
+  LinearProblem problem{};
+  problem.dtype = kernel_dtype(a.op, "x", a.x);
+  problem.swiglu = a.swiglu;
+  problem.norm = a.norm_weight.has_value();
+  problem.vector = whole_granules(p.x, m, k, p.x_stride, element) &&
+                   whole_granules(p.norm_weight, 1, k, k, element) &&
+                   whole_granules(p.weight, a.weight.size(0), k, p.weight_stride, element);
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.sm_count = sm_count(device);
+  with_linear_tile(problem, [&](auto tile) {
+    using Tile = decltype(tile);
+    const LinearGeometry geometry = linear_geometry<Tile>(problem);
+    std::optional<Tensor> partials;
+    p.split_k = geometry.split_k;
+    if (geometry.grid_y > 1) {
+      partials = torch::stable::new_empty(a.x, {geometry.partials}, ScalarType::Float);
+      p.partials = static_cast<float*>(partials->mutable_data_ptr());
+      p.counters = tile_counters(a.x, stream, geometry.counters);
+    }
+    check_cuda(launch_kernel(skinny_linear<Tile>, dim3(geometry.grid_x, geometry.grid_y),
+                             kLinearThreads, geometry.shared_bytes, stream, p.dependent, p),
+               a.op);
+  });
+}
+
+// ---- Many rows: bfloat16 and float16 -----------------------------------------------------------
+
+// Calls visitor(element of the type of t).
+template <class Visitor>
+void with_16_bit_type(const Tensor& t, const Visitor& visitor) {
+  t.scalar_type() == ScalarType::BFloat16 ? visitor(bfloat16{}) : visitor(float16{});
+}
+
+Tensor normalized(const LinearArgs& a, int64_t m) {
+  const Tensor out = torch::stable::new_empty(a.x, a.x.sizes());
+  const int64_t k = a.x.size(-1), element = static_cast<int64_t>(a.x.element_size());
+  NormRowsParams p{};
+  p.x = a.x.const_data_ptr();
+  p.x_stride = row_stride(a.x);
+  p.norm_weight = data(a.norm_weight);
+  p.norm_eps = static_cast<float>(a.norm_eps);
+  p.out = out.mutable_data_ptr();
+  p.out_stride = k;
+  p.k = static_cast<int>(k);
+  const bool vector = whole_granules(p.x, m, k, p.x_stride, element) &&
+                      whole_granules(p.norm_weight, 1, k, k, element) &&
+                      whole_granules(p.out, m, k, k, element);
+  with_16_bit_type(a.x, [&](auto type) {
+    using T = decltype(type);
+    check_cuda(launch_kernel(vector ? rms_norm_rows<T, true> : rms_norm_rows<T, false>,
+                             dim3(static_cast<unsigned>(m)), kRowThreads, kNormRowsSharedBytes,
+                             current_stream(a.x), dependent_launch(device_of(a.x)), p),
+               a.op);
+  });
+  return out;
+}
+
+void silu_mul(const LinearArgs& a, const Tensor& gate_up, const Tensor& out, int64_t m, int64_t n) {
+  const int64_t element = static_cast<int64_t>(out.element_size());
+  const SiluMulParams p{gate_up.const_data_ptr(), 2 * n, out.mutable_data_ptr(), n,
+                        static_cast<int>(n)};
+  const bool vector =
+      whole_granules(p.gate_up, m, n, n, element) && whole_granules(p.out, m, n, n, element);
+  with_16_bit_type(out, [&](auto type) {
+    using T = decltype(type);
+    check_cuda(launch_kernel(vector ? silu_mul_rows<T, true> : silu_mul_rows<T, false>,
+                             dim3(static_cast<unsigned>(m)), kRowThreads, 0, current_stream(out),
+                             dependent_launch(device_of(out)), p),
+               a.op);
+  });
+}
+
+// False, and nothing done that counts, where cuBLASLt cannot.
+bool run_wide(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
+  const Tensor features = a.norm_weight ? normalized(a, m) : a.x;
+  const int64_t rows = a.weight.size(0);
+  const Tensor product = a.swiglu ? torch::stable::new_empty(out, {m, rows}) : out;
+  Matmul p{};
+  p.dtype = kernel_dtype(a.op, "x", a.x);
+  p.m = m;
+  p.n = rows;
+  p.k = features.size(-1);
+  p.x = features.const_data_ptr();
+  p.x_stride = row_stride(features);
+  p.weight = a.weight.const_data_ptr();
+  p.weight_stride = a.weight.stride(0);
+  p.bias = data(a.bias);
+  p.residual = data(a.residual);
+  p.residual_stride = a.residual ? row_stride(*a.residual) : 0;
+  p.out = product.mutable_data_ptr();
+  p.out_stride = rows;
+  const bool strides = p.x_stride >= p.k && (rows == 1 || p.weight_stride >= p.k) &&
+                       (!p.residual || p.residual_stride >= rows);
+  if (rows == 1) p.weight_stride = p.k;  // whatever it was: there is no second row
+  if (!strides || !matmul(p, a.x)) return false;
+  if (a.swiglu) silu_mul(a, product, out, m, n);
+  return true;
+}
+
+// ---- Which of them -----------------------------------------------------------------------------
+
+Tensor run(LinearArgs a) {
+  const int device = device_of(a.x);
+  constexpr int kOldest = 80;  // bfloat16 and its mma
+  if (compute_capability(device) < kOldest ||
+      linear_path(compute_capability(device)) == Path::kPlain)
+    return run_plain(a);
+  validate(a);
+  const DeviceGuard guard(device);
+  make_rows_contiguous(a);
+
+  const int64_t m = product_of_leading(a.x), k = a.x.size(-1);
+  const int64_t n = a.weight.size(0) / (a.swiglu ? 2 : 1);
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - (1 << 20);
+  if (m > kMost || a.weight.size(0) > kMost || k > kMost) return run_plain(a);
+  if (m > 0 && n > 0 && m <= kMostSkinnyRows) {
+    const Tensor out = empty_like_rows(a.x, n);
+    run_skinny(a, out, m, n);
+    return out;
+  }
+  // In float32 PyTorch alone knows whether TF32 is allowed.
+  if (m > 0 && n > 0 && k > 0 && a.x.scalar_type() != ScalarType::Float) {
+    const Tensor out = empty_like_rows(a.x, n);
+    if (run_wide(a, out, m, n)) return out;
+  }
+  return run_plain(a);
+}
+
+Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual,
+                       const std::optional<Tensor>& norm_weight, double norm_eps) {
+  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps));
+}
+
+Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
+                   const std::optional<Tensor>& bias, double norm_eps) {
+  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps));
+}
+
+Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
+                   double norm_eps) {
+  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps));
+}
+
+}  // namespace
+}  // namespace nbl
+
+STABLE_TORCH_LIBRARY_IMPL(nbl, CUDA, m) {
+  m.impl("residual_linear", TORCH_BOX(&nbl::residual_linear));
+  m.impl("norm_linear", TORCH_BOX(&nbl::norm_linear));
+  m.impl("norm_swiglu", TORCH_BOX(&nbl::norm_swiglu));
+  m.impl("residual_linear_inference", TORCH_BOX(&nbl::residual_linear));
+  m.impl("norm_linear_inference", TORCH_BOX(&nbl::norm_linear));
+  m.impl("norm_swiglu_inference", TORCH_BOX(&nbl::norm_swiglu));
+}
