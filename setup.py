@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI is used: one build serves it and every later one.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0a")
-CUDA_LIBRARIES = ("cublas", "cublasLt", "cusolver")
-CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h")
+CUDA_LIBRARIES = ("cublas", "cublasLt")
+CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h")
 
 
 class NoCuda(Exception):

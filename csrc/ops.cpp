@@ -43,6 +43,9 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   // (K⁻¹ C_bf L⁻ᵀ, ridge), C_bb = K Kᵀ, C_ff = L Lᵀ: its singular values are the canonical
   // correlations
   m.def("cca_matrix(Tensor cov_ff, Tensor cov_bf, Tensor cov_bb) -> (Tensor, Tensor)");
+  // cca_matrix of block = features + targets, which is not stored: C_bf = C_tf + C_ff and
+  // C_bb = C_tt + C_tf + C_tfᵀ + C_ff
+  m.def("residual_cca_matrix(Tensor cov_ff, Tensor cov_tf, Tensor cov_tt) -> (Tensor, Tensor)");
 
   // The same as PyTorch operations (nbl_kernels/_ops.py): what runs where no kernel of ours does.
   m.def(
@@ -58,4 +61,10 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "covariance_update_plain(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "
       "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> ()");
+  m.def(
+      "lmmse_solve_plain(Tensor cov_ff, Tensor cov_tf, Tensor energy, float ridge, int rank) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cca_matrix_plain(Tensor cov_ff, Tensor cov_bf, Tensor cov_bb) -> (Tensor, Tensor)");
+  m.def(
+      "residual_cca_matrix_plain(Tensor cov_ff, Tensor cov_tf, Tensor cov_tt) -> (Tensor, Tensor)");
 }

@@ -5,7 +5,7 @@ specification, ``*_ref``. The kernels are in ``csrc/include/nbl``.
 """
 
 from nbl_kernels import _ops
-from nbl_kernels._build_info import build_info, cuda_paths, set_cuda_path
+from nbl_kernels._build_info import build_info, cuda_paths, include_dir, set_cuda_path
 from nbl_kernels._version import __version__
 from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
@@ -32,6 +32,7 @@ __all__ = [
     "cca_bound_ref",
     "covariance_update_ref",
     "cuda_paths",
+    "include_dir",
     "lmmse_solve",
     "lmmse_solve_ref",
     "norm_linear",

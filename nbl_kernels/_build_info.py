@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
 from nbl_kernels import _C, _ops
 from nbl_kernels._version import __version__
+
+
+def include_dir() -> Path:
+    """The folder of the kernels' headers, for ``#include "nbl/…"`` in C++ or CUDA code."""
+    package = Path(__file__).resolve().parent
+    # Installed with the package; beside it in a source tree.
+    for folder in (package / "include", package.parent / "csrc" / "include"):
+        if (folder / "nbl").is_dir():
+            return folder
+    raise FileNotFoundError(f"the kernels' headers are not in {package / 'include'}")
 
 
 def build_info() -> dict[str, object]:

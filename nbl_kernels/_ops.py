@@ -80,12 +80,13 @@ def _(cov_ff, cov_tf, energy, ridge, rank):
 
 
 @torch.library.register_fake("nbl::cca_matrix")
+@torch.library.register_fake("nbl::residual_cca_matrix")
 def _(cov_ff, cov_bf, cov_bb):
     return cov_bf.new_empty(cov_bf.shape), cov_bf.new_empty((cov_bf.shape[0],))
 
 
-# Plain PyTorch where no kernel of ours runs, in the operations that its users would write. (The
-# solves run on the CPU then: see lmmse.py.)
+# Plain PyTorch where no kernel of ours runs, in the operations that its users would write; the
+# solves run on the CPU then.
 
 
 def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
@@ -125,11 +126,25 @@ def _covariance_update(
         gram_bb += new["sum_bb"]
 
 
+def _on_cpu(op):
+    def composite(*arguments):
+        results = op(*(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
+        return tuple(t.to(arguments[0].device) for t in results)
+
+    return composite
+
+
 for _composite, _names in {
     _residual_linear: ("residual_linear", "residual_linear_inference", "residual_linear_plain"),
     _norm_linear: ("norm_linear", "norm_linear_inference", "norm_linear_plain"),
     _norm_swiglu: ("norm_swiglu", "norm_swiglu_inference", "norm_swiglu_plain"),
     _covariance_update: ("covariance_update", "covariance_update_plain"),
+    _on_cpu(torch.ops.nbl.lmmse_solve): ("lmmse_solve", "lmmse_solve_plain"),
+    _on_cpu(torch.ops.nbl.cca_matrix): ("cca_matrix", "cca_matrix_plain"),
+    _on_cpu(torch.ops.nbl.residual_cca_matrix): (
+        "residual_cca_matrix",
+        "residual_cca_matrix_plain",
+    ),
 }.items():
     for _name in _names:
         torch.library.impl(f"nbl::{_name}", "CompositeExplicitAutograd", _composite)

@@ -24,22 +24,13 @@ from typing import Any
 import numpy as np
 
 from nbl_kernels import _C
+from nbl_kernels._build_info import include_dir
 
 _OPTIONS = ("-std=c++17",)
 # The headers' host functions become device functions: NVRTC knows no others. CuPy adds it itself.
 _DEVICE_ONLY = "--device-as-default-execution-space"
 _MOST_ROWS = 16
 _LINEAR = "nbl/cuda/skinny_linear.cuh"
-
-
-def include_dir() -> Path:
-    """The folder of the kernels' headers, for ``#include "nbl/..."``."""
-    package = Path(__file__).resolve().parent
-    # Installed with the package; beside it in a source tree.
-    for folder in (package / "include", package.parent / "csrc" / "include"):
-        if (folder / "nbl").is_dir():
-            return folder
-    raise FileNotFoundError(f"the kernels' headers are not in {package / 'include'}")
 
 
 # ---- Compilation ---------------------------------------------------------------------------------

@@ -291,24 +291,3 @@ def _warn_few_tokens(batch: list[Moments]) -> None:
             f"{fewest}: they are 1 by construction",
             stacklevel=5,
         )
-
-
-@torch.library.register_fake("nbl::residual_cca_matrix")
-def _(cov_ff, cov_tf, cov_tt):
-    return cov_tf.new_empty(cov_tf.shape), cov_tf.new_empty((cov_tf.shape[0],))
-
-
-def _on_cpu(op: Callable) -> Callable:
-    """The operator where there is no solver of ours: on the CPU, results brought back."""
-
-    def composite(*arguments):
-        results = op(*(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
-        return tuple(t.to(arguments[0].device) for t in results)
-
-    return composite
-
-
-for _name in ("lmmse_solve", "cca_matrix", "residual_cca_matrix"):
-    torch.library.impl(
-        f"nbl::{_name}", "CompositeExplicitAutograd", _on_cpu(getattr(torch.ops.nbl, _name))
-    )

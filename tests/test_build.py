@@ -50,6 +50,10 @@ def test_unknown_capability_is_refused_by_name():
     assert "cpu capability must be one of" in result.stderr and "sse9" in result.stderr
 
 
+def test_the_headers_come_along():
+    assert (nk.include_dir() / "nbl" / "cuda" / "skinny_linear.cuh").is_file()
+
+
 def test_nbl_kernels_needs_torch_only():
     code = (
         "import sys, nbl_kernels; "

@@ -127,12 +127,6 @@ std::tuple<Tensor, Tensor> residual_cca_matrix(const Tensor& cov_ff, const Tenso
 }  // namespace
 }  // namespace nbl
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nbl, m) {
-  // cca_matrix of block = features + targets, which is not stored: (K⁻¹ C_bf L⁻ᵀ, ridge) with
-  // C_bf = C_tf + C_ff and C_bb = C_tt + C_tf + C_tfᵀ + C_ff
-  m.def("residual_cca_matrix(Tensor cov_ff, Tensor cov_tf, Tensor cov_tt) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(nbl, CPU, m) {
   m.impl("lmmse_solve", TORCH_BOX(&nbl::lmmse_solve));
   m.impl("cca_matrix", TORCH_BOX(&nbl::cca_matrix));

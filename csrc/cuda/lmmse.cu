@@ -168,21 +168,6 @@ bool use_kernels(const Tensor& t) {
   return solve_path(compute_capability(device_of(t))) == SolvePath::kKernel;
 }
 
-// The plain path: the operator on the CPU, its results brought back.
-template <size_t kResults, size_t kArguments>
-std::array<Tensor, kResults> on_cpu(const char* op, std::array<StableIValue, kArguments> arguments,
-                                    const Tensor& like) {
-  call_aten(op, "", arguments.data());
-  std::array<Tensor, kResults> results;
-  for (size_t i = 0; i < kResults; ++i)
-    results[i] = torch::stable::to(tensor_from(arguments[i]), like.device());
-  return results;
-}
-
-StableIValue cpu_ivalue(const Tensor& t) {
-  return to_ivalue(torch::stable::to(t, torch::stable::Device(torch::stable::DeviceType::CPU)));
-}
-
 solve::FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const Tensor& energy,
                                double ridge, int64_t rank) {
   const DeviceGuard guard(device_of(cov_tf));
@@ -190,12 +175,11 @@ solve::FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const
     CudaSteps steps(cov_tf);
     return solve::lmmse_solve(steps, cov_ff, cov_tf, energy, ridge, rank);
   }
-  auto [weight, u, v, error, used] =
-      on_cpu<5, 5>("nbl::lmmse_solve",
-                   {cpu_ivalue(cov_ff), cpu_ivalue(cov_tf), cpu_ivalue(energy), to_ivalue(ridge),
-                    to_ivalue(rank)},
-                   cov_tf);
-  return {weight, u, v, error, used};
+  std::array<StableIValue, 5> stack{to_ivalue(cov_ff), to_ivalue(cov_tf), to_ivalue(energy),
+                                    to_ivalue(ridge), to_ivalue(rank)};
+  call_aten("nbl::lmmse_solve_plain", "", stack.data());
+  const auto result = [&stack](int i) { return tensor_from(stack[i]); };
+  return {result(0), result(1), result(2), result(3), result(4)};
 }
 
 std::tuple<Tensor, Tensor> cca(const char* op, bool residual, const Tensor& cov_ff,
@@ -205,9 +189,10 @@ std::tuple<Tensor, Tensor> cca(const char* op, bool residual, const Tensor& cov_
     CudaSteps steps(cov_bf);
     return solve::cca_matrix(steps, op, residual, cov_ff, cov_bf, cov_bb);
   }
-  std::array<StableIValue, 3> arguments{cpu_ivalue(cov_ff), cpu_ivalue(cov_bf), cpu_ivalue(cov_bb)};
-  auto [matrix, used] =
-      on_cpu<2, 3>(residual ? "nbl::residual_cca_matrix" : "nbl::cca_matrix", arguments, cov_bf);
+  std::array<StableIValue, 3> stack{to_ivalue(cov_ff), to_ivalue(cov_bf), to_ivalue(cov_bb)};
+  call_aten(residual ? "nbl::residual_cca_matrix_plain" : "nbl::cca_matrix_plain", "",
+            stack.data());
+  Tensor matrix = tensor_from(stack[0]), used = tensor_from(stack[1]);
   return {matrix, used};
 }
 
