@@ -5,6 +5,10 @@ Up to 16 rows of x (decode) one kernel reads the weight once; with more rows (pr
 product runs between our normalization and epilogue, or, where that is slower (float32 up to 64
 rows, float16), the kernel runs once for every 16 rows.
 
+CUDA kernels: ``csrc/include/nbl/cuda/skinny_linear.cuh``, launched by
+``csrc/cuda/skinny_linear.cu`` where ``cuda_paths()`` says so; above 16 rows cuBLASLt
+(``csrc/cuda/matmul.cpp``). Otherwise CUDA tensors take plain PyTorch operations.
+
 NumPy and CuPy arrays are as good as tensors here: see ``nbl_kernels/arrays.py``.
 """
 

@@ -17,18 +17,22 @@ from .calibration import Calibration, calibrate
 from .evaluation import Perplexity, perplexity
 from .linearization import drop, linearize, restore
 from .models import linearized_layers
+from .optimization import optimize
 from .ranking import LayerScore
+from .runner import Runner
 
 __all__ = [
     "Calibration",
     "LayerScore",
     "Perplexity",
+    "Runner",
     "__version__",
     "calibrate",
     "drop",
     "linearize",
     "linearized_layers",
     "models",
+    "optimize",
     "perplexity",
     "restore",
 ]

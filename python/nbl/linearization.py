@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
+from .fused import FusedLayer, fuse, unfuse
 from .models import (
     LayerSpec,
     LinearizedDecoderLayer,
@@ -120,21 +121,28 @@ def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes every :func:`linearize` and :func:`drop`, in place.
+    """Undoes every :func:`linearize`, :func:`drop` and :func:`nbl.optimize`, in place.
 
     The model gets its own decoder layers, class and configuration back: the same objects, so its
     logits are bit-identical to what they were. They follow the model to another device or dtype, if
-    it was moved meanwhile. A model that was never linearized is left as it is. Returns model.
+    it was moved meanwhile. A model to which nothing was done is left as it is. Returns model.
+
+    Linearized layers that came with a checkpoint have no original to return to. Such a model, where
+    it was optimized, is only un-optimized.
 
     Raises:
-        ValueError: linearized layers that came with a checkpoint have no original to return to; the
-            model is untouched.
+        ValueError: such a model that is not optimized; it is untouched.
     """
     family = family_of(model)
+    optimized = any(isinstance(layer, FusedLayer) for layer in model.model.layers)
+    for module in (*model.model.layers, model.lm_head):
+        unfuse(module)
     if type(model) is family.causal_lm:
         return model
     originals = vars(model).get(_ORIGINALS, {})
     lost = [i for i in linearized_layers(model) if i not in originals]
+    if lost and optimized:
+        return model
     if lost:
         raise ValueError(
             f"layers {lost} were loaded from a checkpoint as linear maps; their attention is "
@@ -275,6 +283,9 @@ def _replace(model: PreTrainedModel, replacements: Mapping[int, LinearizedDecode
         if not isinstance(layers[i], LinearizedDecoderLayer):
             originals[i] = layers[i]
         replacement.train(layers[i].training)
+        if isinstance(layers[i], FusedLayer):  # an optimized model stays one
+            unfuse(layers[i])
+            fuse(replacement)
         layers[i] = replacement
     specs = layer_specs(model.config) | {i: layer.spec for i, layer in replacements.items()}
     model.config.nbl = config_entry(specs)
