@@ -1,0 +1,635 @@
+"""Runner: generation without transformers' overhead, on a cache of its own.
+
+One forward pass over the fused layers (:mod:`nbl.fused`) serves prefill, in chunks, and decode. The
+cache has room for the layers that kept their attention and is allocated once; prompts of different
+lengths are aligned on their right, so that a step writes one slot of it and reads the slots before
+as they lie. The attention itself is PyTorch's ``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+import nbl_kernels as nk
+
+from .fused import FusedHead, FusedLayer, sliding_window
+from .models import family_of
+from .optimization import optimize
+
+__all__ = ["Runner"]
+
+_SMALLEST_BUCKET = 128  # of cache slots, for CUDA graphs
+
+
+class Runner:
+    """Generates with a model, greedily or by sampling, for a batch of prompts at a time.
+
+    Args:
+        model: what :func:`nbl.optimize` takes, linearized or not; it is optimized in place, if it
+            is not yet, and its weights are used, not copied. While a runner is in use, the model
+            may generate on its own, but not be linearized, restored or moved.
+        max_batch_size: the most prompts at once.
+        max_length: the most tokens of the longest prompt and its continuation together.
+        prefill_chunk: the most prompt tokens, of the whole batch, in one forward pass.
+        cuda_graphs: replay the decode step as a CUDA graph, one for each batch size and for each
+            power of two of cache slots in use, captured when first needed. Not yet run on a GPU:
+            compare its tokens with those of a runner without graphs before relying on it.
+
+    The model's sliding windows and rotary scaling (Llama 3's among them) are respected; a window
+    saves reading, not memory. Dropout is never applied.
+
+    Raises:
+        ValueError: what optimize refuses; rotary types that depend on the length of the text
+            ("dynamic", "longrope"); cuda_graphs for a model that is not on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_batch_size: int,
+        max_length: int,
+        *,
+        prefill_chunk: int = 2048,
+        cuda_graphs: bool = False,
+    ) -> None:
+        sizes = {
+            "max_batch_size": max_batch_size,
+            "max_length": max_length,
+            "prefill_chunk": prefill_chunk,
+        }
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        family_of(model)
+        rope_type = model.model.rotary_emb.rope_type
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type {rope_type!r}: positions would change with the length of the text; "
+                "use model.generate"
+            )
+        head = model.lm_head
+        if type(head) not in (nn.Linear, FusedHead):
+            raise ValueError(f"lm_head: expected a plain nn.Linear, got {type(head).__name__}")
+        weight = model.model.norm.weight
+        if cuda_graphs and weight.device.type != "cuda":
+            raise ValueError(f"cuda_graphs: the model is on {weight.device}, not on a GPU")
+        optimize(model)
+
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.max_length = max_length
+        self.prefill_chunk = prefill_chunk
+        self.device = weight.device
+        self._dtype = weight.dtype
+        self._layers = list(model.model.layers)
+        self._kept = _kept_layers(self._layers)
+        kept = [k for k in self._kept if k is not None]
+        self._windows = {k.window for k in kept}
+        where = {"device": self.device, "dtype": self._dtype}
+        shape = (0, max_batch_size, 0, max_length, 0)
+        if kept:
+            first = self._layers[self._kept.index(kept[0])]
+            shape = (len(kept), *shape[1:2], kept[0].kv_heads, max_length, first.self_attn.head_dim)
+        self.keys = torch.zeros(shape, **where)
+        self.values = torch.zeros(shape, **where)
+        self._cos, self._sin = _rotation_table(model, max_length)
+        self._call = 0  # which call the cache belongs to
+        self._graphs = _Graphs(self) if cuda_graphs else None
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of the cache: nothing for linearized layers."""
+        return self.keys.nbytes + self.values.nbytes
+
+    # --- what users call -------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Any] | Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: int | Iterable[int] | None = None,
+    ) -> list[Tensor]:
+        """The continuation of every prompt: a list of LongTensors (length,) on the CPU.
+
+        Args:
+            prompts: a LongTensor (B, T), or a sequence of token sequences of any lengths.
+            max_new_tokens: the most tokens to add. The longest prompt and these together must fit
+                into max_length.
+            attention_mask: (B, T), 1 where `prompts` holds a token and 0 where padding.
+            temperature: 0 is greedy; otherwise the logits are divided by it and a token is drawn.
+            top_k: draw among the k likeliest only.
+            top_p: draw among the fewest likeliest tokens whose probability reaches p only.
+            seed: of the draws; None: PyTorch's own generator.
+            stop: token ids that end a row (and are its last token). None: those of the model's
+                generation_config; an empty list: none.
+
+        Raises:
+            ValueError: naming the argument, before anything runs.
+            RuntimeError: the model was changed since the runner was made.
+        """
+        rows: list[Tensor] = []
+        for tokens in self.stream(
+            prompts,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        ):
+            rows.append(tokens)
+        new = torch.stack(rows, dim=1).cpu()
+        return [row[row >= 0] for row in new]
+
+    def stream(
+        self,
+        prompts: Sequence[Any] | Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: int | Iterable[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """As :meth:`generate`, a step at a time: yields the new tokens (B,) of each step, on the
+        model's device, -1 for rows that have ended. Arguments are checked at once; the prompts run
+        when the first step is asked for.
+
+        The cache belongs to the call that began last: a stream that is resumed after another call
+        began raises RuntimeError. One that is left unfinished blocks nothing.
+        """
+        batch = self._batch(prompts, attention_mask)
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected a positive int, got {max_new_tokens!r}")
+        self._check_room(batch.length, max_new_tokens)
+        sampler = _Sampler(temperature, top_k, top_p, seed, self.device)
+        stop_ids = torch.tensor(self._stop_ids(stop), dtype=torch.long, device=self.device)
+        return self._steps(batch, max_new_tokens, sampler, stop_ids)
+
+    def logits(
+        self,
+        prompts: Sequence[Any] | Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompt_length: int | None = None,
+    ) -> list[Tensor]:
+        """The logits (T, vocab) at every token of every prompt, as generation would compute them.
+
+        prompt_length: how many tokens (of the longest prompt) are run as a prompt; those after are
+        run one at a time, as new tokens. None: all of them are prompt.
+        """
+        batch = self._batch(prompts, attention_mask)
+        self._check_room(batch.length, 0)
+        first = batch.length if prompt_length is None else prompt_length
+        if not 1 <= first <= batch.length:
+            raise ValueError(f"prompt_length: expected 1 to {batch.length}, got {prompt_length!r}")
+        self._begin(batch, first, batch.length)
+        parts = self._prefill(batch, first, every=True)
+        for slot in range(first, batch.length):
+            parts.append(self._decode(batch, batch.ids[:, slot], slot)[:, None].clone())
+        logits = torch.cat(parts, dim=1)
+        return [row[batch.length - n :] for row, n in zip(logits, batch.lengths)]
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def _batch(self, prompts: Sequence[Any] | Tensor, attention_mask: Tensor | None) -> _Batch:
+        rows = _token_rows(prompts, attention_mask, self.model.config.vocab_size)
+        if len(rows) > self.max_batch_size:
+            raise ValueError(
+                f"prompts: got {len(rows)}, the runner has max_batch_size {self.max_batch_size}"
+            )
+        lengths = [len(row) for row in rows]
+        length = max(lengths)
+        ids = torch.zeros((len(rows), length), dtype=torch.long)
+        for row, tokens in zip(ids, rows):
+            row[length - len(tokens) :] = tokens
+        padding = visible = None
+        if min(lengths) < length:
+            padding = torch.tensor([length - n for n in lengths], device=self.device)
+            slots = torch.arange(self.max_length, device=self.device)
+            visible = slots >= padding[:, None]
+        return _Batch(ids.to(self.device), lengths, length, padding, visible)
+
+    def _check_room(self, length: int, new: int) -> None:
+        if length + new > self.max_length:
+            asked = f"a prompt of {length} tokens" + (f" and {new} new ones" if new else "")
+            raise ValueError(f"{asked} exceed the runner's max_length {self.max_length}")
+
+    def _stop_ids(self, stop: int | Iterable[int] | None) -> list[int]:
+        if stop is None:
+            stop = self.model.generation_config.eos_token_id
+        if stop is None:
+            return []
+        ids = [stop] if isinstance(stop, int) else list(stop)
+        if any(type(i) is not int for i in ids):
+            raise ValueError(f"stop: expected token ids, got {stop!r}")
+        return ids
+
+    def _begin(self, batch: _Batch, first: int, end: int) -> int:
+        """The cache belongs to this call from now on: a prompt up to slot `first`, new tokens up to
+        `end`. RuntimeError for a model that was changed."""
+        layers, norm = self.model.model.layers, self.model.model.norm
+        same = len(layers) == len(self._layers) and all(
+            a is b and isinstance(a, FusedLayer) for a, b in zip(layers, self._layers)
+        )
+        if not same or (norm.weight.dtype, norm.weight.device) != (self._dtype, self.device):
+            raise RuntimeError(
+                "the model was linearized, restored or moved since this Runner was made; "
+                "make a new one"
+            )
+        for i, (layer, kept) in enumerate(zip(self._layers, self._kept)):
+            if not layer._is_intact():
+                raise RuntimeError(
+                    f"layer {i} has hooks or adapters inside, which a Runner would leave out: "
+                    "remove them, or use model.generate"
+                )
+            if kept is not None:
+                kept.read_norms(layer.self_attn)
+        if self._graphs is not None:
+            self._graphs.prepare(len(batch.lengths), first, end)
+        self._call += 1
+        return self._call
+
+    def _steps(
+        self, batch: _Batch, max_new_tokens: int, sampler: _Sampler, stop: Tensor
+    ) -> Iterator[Tensor]:
+        end = batch.length + max_new_tokens
+        call = self._begin(batch, batch.length, end)
+        done = torch.zeros(len(batch.lengths), dtype=torch.bool, device=self.device)
+        logits = self._prefill(batch, batch.length)[-1][:, -1]
+        for slot in range(batch.length, end):
+            tokens = sampler(logits)
+            yield tokens.masked_fill(done, -1)
+            if slot + 1 == end:
+                return
+            if len(stop) > 0:
+                done = done | torch.isin(tokens, stop)
+                if bool(done.all()):
+                    return
+            if self._call != call:
+                raise RuntimeError(
+                    "this stream cannot go on: a newer call of the runner took its cache"
+                )
+            logits = self._decode(batch, tokens, slot)
+
+    # --- the forward pass ------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _prefill(self, batch: _Batch, end: int, every: bool = False) -> list[Tensor]:
+        """Runs slots 0 to end in chunks; logits of every slot, or of the last one only."""
+        chunk = max(1, self.prefill_chunk // len(batch.lengths))
+        logits = []
+        for start in range(0, end, chunk):
+            stop = min(start + chunk, end)
+            x = self._forward(batch.ids[:, start:stop], self._span(batch, start, stop))
+            if every:
+                logits.append(self._head(x))
+            elif stop == end:
+                logits.append(self._head(x[:, -1:]))
+        return logits
+
+    @torch.inference_mode()
+    def _decode(self, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
+        """Logits (B, vocab) that follow one more token (B,) of every row."""
+        if self._graphs is not None:
+            return self._graphs.decode(batch, tokens, slot)
+        x = self._forward(tokens[:, None], self._span(batch, slot, slot + 1))
+        return self._head(x)[:, -1]
+
+    def _forward(self, ids: Tensor, span: _Span) -> Tensor:
+        """The residual stream (B, T, d) after all layers."""
+        x = self.model.model.embed_tokens(ids)
+        for layer, kept in zip(self._layers, self._kept):
+            x = layer._attention(x) if kept is None else self._attention(layer, kept, x, span)
+            x = layer._mlp(x)
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        norm, head = self.model.model.norm, self.model.lm_head
+        return nk.norm_linear(
+            x, norm.weight, head.weight, head.bias, norm_eps=norm.variance_epsilon
+        )
+
+    def _attention(self, layer: Any, kept: _Kept, x: Tensor, span: _Span) -> Tensor:
+        """x + o_proj(attention): rotates q and k, appends k and v to the cache, attends to it."""
+        rows, length = x.shape[:2]
+        qkv = layer._qkv(x)
+        turned, v = qkv.split([kept.heads + kept.kv_heads, kept.kv_heads], dim=2)
+        if kept.qk_norm is not None:
+            turned = F.rms_norm(turned, turned.shape[-1:], eps=kept.qk_norm_eps) * kept.qk_norm
+        turned = torch.addcmul(turned * span.cos, turned.roll(turned.shape[-1] // 2, -1), span.sin)
+        q, k = turned.split([kept.heads, kept.kv_heads], dim=2)
+        keys, values = self.keys[kept.index, :rows], self.values[kept.index, :rows]
+        view = span.views[kept.window]
+        if isinstance(span.slots, slice):
+            keys[:, :, span.slots] = k.transpose(1, 2)
+            values[:, :, span.slots] = v.transpose(1, 2)
+        else:
+            keys.index_copy_(2, span.slots, k.transpose(1, 2))
+            values.index_copy_(2, span.slots, v.transpose(1, 2))
+        keys, values = keys[:, :, view.slots], values[:, :, view.slots]
+        options = {"attn_mask": view.mask, "scale": kept.scaling}
+        if length == 1:
+            # The query heads that share a key head are to it as so many tokens: no key is repeated.
+            q = q.reshape(rows, kept.kv_heads, -1, q.shape[-1])
+            y = F.scaled_dot_product_attention(q, keys, values, **options)
+        else:
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, values, is_causal=view.causal, enable_gqa=True, **options
+            ).transpose(1, 2)
+        out = layer.self_attn.o_proj
+        return nk.residual_linear(y.reshape(rows, length, -1), out.weight, out.bias, residual=x)
+
+    def _span(self, batch: _Batch, start: int, end: int) -> _Span:
+        """Tokens in slots start to end, their keys and values being appended."""
+        if batch.padding is None:
+            cos, sin = self._cos[start:end], self._sin[start:end]
+        else:
+            positions = torch.arange(start, end, device=self.device) - batch.padding[:, None]
+            positions = positions.clamp_min(0)
+            cos, sin = self._cos[positions], self._sin[positions]
+        views = {}
+        for window in self._windows:
+            first = 0 if window is None else max(0, start - window + 1)
+            views[window] = self._view(batch, start, end, first, window)
+        return _Span(slice(start, end), cos.unsqueeze(-2), sin.unsqueeze(-2), views)
+
+    def _view(self, batch: _Batch, start: int, end: int, first: int, window: int | None) -> _View:
+        """What the tokens in slots start to end see: slots first to end, masked."""
+        slots = slice(first, end)
+        padded = batch.visible is not None
+        if end - start == 1:
+            return _View(slots, batch.visible[:, None, None, slots] if padded else None)
+        if start == 0 and not padded and (window is None or window >= end):
+            return _View(slots, causal=True)
+        queries = torch.arange(start, end, device=self.device)[:, None]
+        keys = torch.arange(first, end, device=self.device)
+        mask = keys <= queries
+        if window is not None:
+            mask = mask & (keys > queries - window)
+        if padded:  # padding sees itself: some kernels make NaN of a row of nothing, and it spreads
+            mask = (mask & batch.visible[:, None, None, slots]) | (keys == queries)
+        return _View(slots, mask)
+
+
+# --- the parts of a request and of a step --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batch:
+    ids: Tensor  # (B, length), prompts aligned on their right
+    lengths: list[int]
+    length: int  # of the longest
+    padding: Tensor | None  # (B,), slots before each prompt; None where there are none
+    visible: Tensor | None  # (B, max_length), False for those slots
+
+
+@dataclass(frozen=True)
+class _View:
+    """The cache as the tokens of a step see it."""
+
+    slots: slice
+    mask: Tensor | None = None  # True: seen; broadcasts to (B, heads, tokens, slots)
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where the tokens of one step are, in the cache and in the text."""
+
+    slots: slice | Tensor  # that their keys and values are written to
+    cos: Tensor  # (T, 1, D) or (B, T, 1, D)
+    sin: Tensor  # the same, negative in its first half
+    views: dict[int | None, _View]  # per sliding window
+
+
+@dataclass
+class _Kept:
+    """A layer that kept its attention."""
+
+    index: int  # in the cache
+    heads: int
+    kv_heads: int
+    scaling: float
+    window: int | None
+    qk_norm: Tensor | None  # (heads + kv_heads, D): the weights of q_norm and k_norm, per head
+    qk_norm_eps: float
+
+    def read_norms(self, attention: nn.Module) -> None:
+        if self.qk_norm is not None:
+            with torch.no_grad():
+                self.qk_norm[: self.heads] = attention.q_norm.weight
+                self.qk_norm[self.heads :] = attention.k_norm.weight
+
+
+def _kept_layers(layers: list[Any]) -> list[_Kept | None]:
+    """None for the layers without attention."""
+    kept: list[_Kept | None] = []
+    count = 0
+    for layer in layers:
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            kept.append(None)
+            continue
+        heads, kv_heads, _ = layer._heads
+        norm, eps = None, 0.0
+        if hasattr(attention, "q_norm"):
+            eps = attention.q_norm.variance_epsilon
+            norm = attention.q_norm.weight.detach().new_empty(
+                (heads + kv_heads, attention.head_dim)
+            )
+        window = sliding_window(attention)
+        kept.append(_Kept(count, heads, kv_heads, attention.scaling, window, norm, eps))
+        count += 1
+    return kept
+
+
+@torch.no_grad()
+def _rotation_table(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, D) of every position; sin is negative in its first half, so that
+    x·cos + roll(x, D/2)·sin rotates."""
+    weight = model.model.norm.weight
+    positions = torch.arange(length, device=weight.device)[None]
+    cos, sin = model.model.rotary_emb(weight, positions)
+    half = sin.shape[-1] // 2
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    return cos[0].contiguous(), sin[0].contiguous()
+
+
+def _token_rows(
+    prompts: Sequence[Any] | Tensor, attention_mask: Tensor | None, vocab_size: int
+) -> list[Tensor]:
+    """Prompts as LongTensors (length,) on the CPU; ValueError or TypeError for anything else."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2:
+            raise ValueError(f"prompts: expected (B, T), got shape {tuple(prompts.shape)}")
+        rows = list(prompts.cpu())
+    else:
+        if isinstance(prompts, str | bytes) or any(isinstance(p, int | str) for p in prompts):
+            raise TypeError("prompts: expected a sequence of sequences of token ids")
+        rows = [torch.as_tensor(p).cpu() for p in prompts]
+    if attention_mask is not None:
+        if not isinstance(prompts, Tensor) or attention_mask.shape != prompts.shape:
+            raise ValueError(
+                "attention_mask: expected the shape of prompts, a tensor (B, T), got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        rows = [row[keep] for row, keep in zip(rows, attention_mask.cpu().bool())]
+    if not rows:
+        raise ValueError("prompts: expected at least one")
+    for i, row in enumerate(rows):
+        if row.dim() != 1 or len(row) == 0:
+            raise ValueError(f"prompts[{i}]: expected at least one token id")
+        if row.is_floating_point() or row.dtype == torch.bool:
+            raise TypeError(f"prompts[{i}]: expected integers, got {row.dtype}")
+        if not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
+            raise ValueError(f"prompts[{i}]: expected token ids from 0 to {vocab_size - 1}")
+    return rows
+
+
+class _Sampler:
+    """Logits (B, vocab) to tokens (B,), on their device, without waiting for it."""
+
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int | None,
+        device: torch.device,
+    ) -> None:
+        if not temperature >= 0 or temperature == float("inf"):
+            raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature!r}")
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"top_k: expected a positive int, got {top_k!r}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+        if temperature == 0 and (top_k, top_p, seed) != (None, None, None):
+            raise ValueError("top_k, top_p and seed need a temperature above 0, which is greedy")
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.generator = None
+        if seed is not None:
+            self.generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        scores, ids = logits.float() / self.temperature, None
+        if self.top_k is not None:
+            scores, ids = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        elif self.top_p is not None:
+            scores, ids = scores.sort(dim=-1, descending=True)
+        p = scores.softmax(dim=-1)
+        if self.top_p is not None:
+            p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0)
+        # Of independent exponential clocks with rates p, the i-th rings first with probability p_i.
+        clocks = torch.empty_like(p).exponential_(generator=self.generator)
+        choice = (p / clocks).argmax(dim=-1, keepdim=True)
+        return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+# --- CUDA graphs ---------------------------------------------------------------------------------
+
+
+class _Graphs:
+    """The decode step as CUDA graphs, for each batch size and each bucket of cache slots.
+
+    A graph replays fixed addresses: tokens, slot and padding are read from buffers that a step
+    fills, and the logits are left in one. The slots beyond the one in use, up to the bucket's end,
+    are masked, so that a short text pays for a short cache.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        rows, device = runner.max_batch_size, runner.device
+        self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.padding = torch.zeros(rows, dtype=torch.long, device=device)
+        vocab = runner.model.lm_head.out_features
+        self.logits = torch.empty((rows, vocab), dtype=runner._dtype, device=device)
+        self.graphs: dict[tuple[int, int], Any] = {}
+        self.pool: Any = None  # of the graphs' memory: only one of them runs at a time
+        self.weights: tuple[int, ...] = ()
+
+    def prepare(self, rows: int, first: int, end: int) -> None:
+        weights = tuple(p.data_ptr() for p in self.runner.model.parameters())
+        if weights != self.weights:  # graphs hold their addresses
+            self.graphs.clear()
+            self.pool = None
+            self.weights = weights
+        # Masked slots are multiplied by zero: no infinity of an earlier call may be left in them.
+        for cache in (self.runner.keys, self.runner.values):
+            cache[:, :rows, :, first : self.bucket(end)] = 0
+
+    def decode(self, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
+        rows = len(batch.lengths)
+        self.tokens[:rows, 0].copy_(tokens)
+        self.slot.fill_(slot)
+        if batch.padding is None:
+            self.padding.zero_()
+        else:
+            self.padding[:rows].copy_(batch.padding)
+        self.run(rows, self.bucket(slot + 1))
+        return self.logits[:rows]
+
+    def bucket(self, slots: int) -> int:
+        """The next power of two of slots."""
+        size = max(_SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
+        return min(size, self.runner.max_length)
+
+    def run(self, rows: int, bucket: int) -> None:
+        with torch.cuda.device(self.runner.device):
+            graph = self.graphs.get((rows, bucket))
+            if graph is None:
+                graph = self.graphs[rows, bucket] = self.capture(rows, bucket)
+            graph.replay()
+
+    def capture(self, rows: int, bucket: int) -> Any:
+        # What libraries set up when first used must not be captured: the step runs before, on
+        # another stream. It writes to its own slot only, what the replay will write again.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step(rows, bucket)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.step(rows, bucket)
+        self.pool = graph.pool()
+        return graph
+
+    def step(self, rows: int, bucket: int) -> None:
+        """One decode step between the buffers; everything that varies is in a tensor."""
+        runner = self.runner
+        padding = self.padding[:rows]
+        slots = torch.arange(bucket, device=runner.device)
+        seen = (slots <= self.slot) & (slots >= padding[:, None])
+        views = {}
+        for window in runner._windows:
+            mask = seen if window is None else seen & (slots > self.slot - window)
+            views[window] = _View(slice(0, bucket), mask[:, None, None])
+        positions = (self.slot - padding)[:, None]
+        cos, sin = runner._cos[positions], runner._sin[positions]
+        span = _Span(self.slot, cos.unsqueeze(-2), sin.unsqueeze(-2), views)
+        x = runner._forward(self.tokens[:rows], span)
+        self.logits[:rows].copy_(runner._head(x)[:, 0])
