@@ -6,9 +6,10 @@
 // for those of Hopper, which nothing else can run.
 //
 // Fragments of mma.m16n8k16, lane = 4 g + t (g = 0…7, t = 0…3), two consecutive k to a register:
-//   a[0] = A[g][2t, 2t+1]   a[1] = A[g+8][2t, 2t+1]   a[2] = A[g][2t+8, +9]   a[3] = A[g+8][2t+8,
-//   +9] b[0] = B[2t, 2t+1][g]   b[1] = B[2t+8, 2t+9][g] d[0] = D[g][2t]   d[1] = D[g][2t+1]   d[2]
-//   = D[g+8][2t]   d[3] = D[g+8][2t+1]
+//   a[0] = A[g][2t, 2t+1]       a[1] = A[g+8][2t, 2t+1]
+//   a[2] = A[g][2t+8, 2t+9]     a[3] = A[g+8][2t+8, 2t+9]
+//   b[0] = B[2t, 2t+1][g]       b[1] = B[2t+8, 2t+9][g]
+//   d[0], d[1] = D[g][2t, 2t+1]     d[2], d[3] = D[g+8][2t, 2t+1]
 #pragma once
 
 #include "nbl/dtypes.h"
