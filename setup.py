@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pybind11
@@ -81,6 +82,15 @@ class Toolkit:
             raise NoCuda(f"{nvcc} --version does not say which release it is")
         return release.group(1)
 
+    def known(self, archs: Sequence[str]) -> list[str]:
+        """Those that this nvcc compiles for: CUDA 12.6, say, has never heard of 10.0."""
+        nvcc = self.home / "bin" / "nvcc"
+        run = subprocess.run(
+            [str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=False
+        )
+        names = run.stdout.split()
+        return [a for a in archs if f"compute_{a.rstrip('a').replace('.', '')}" in names]
+
     @staticmethod
     def _pip_roots() -> list[Path]:
         nvidia = Path(torch.__file__).resolve().parents[1] / "nvidia"
@@ -119,7 +129,7 @@ class Toolkit:
         raise NoCuda(f"no lib{name}.so: neither in the CUDA toolkit nor in pip's nvidia folder")
 
 
-def cuda_archs() -> list[str]:
+def cuda_archs(toolkit: Toolkit) -> list[str]:
     """As in "9.0a": what TORCH_CUDA_ARCH_LIST says, or the GPUs here, or all."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if named.strip():
@@ -130,7 +140,7 @@ def cuda_archs() -> list[str]:
         )
         archs = sorted({f"{major}.{minor}" for major, minor in capabilities})
     else:
-        archs = [*CUDA_ARCHS, "8.0+PTX"]  # and whatever comes, by way of PTX
+        archs = ["8.0+PTX", *toolkit.known(CUDA_ARCHS[1:])]  # and whatever comes, by way of PTX
     return list(dict.fromkeys(_known_arch(a) for a in archs))
 
 
@@ -148,11 +158,12 @@ def _known_arch(arch: str) -> str:
 def gencode(archs: list[str]) -> list[str]:
     flags = []
     for arch in archs:
-        number = arch.removesuffix("+PTX").replace(".", "")
-        kind = "compute" if arch.endswith("+PTX") else "sm"
-        virtual = number.rstrip("a") if kind == "compute" else number
-        flags.append(f"-gencode=arch=compute_{virtual},code={kind}_{virtual}")
-    return flags
+        real = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{real},code=sm_{real}")
+        if arch.endswith("+PTX"):
+            virtual = real.rstrip("a")
+            flags.append(f"-gencode=arch=compute_{virtual},code=compute_{virtual}")
+    return list(dict.fromkeys(flags))
 
 
 def sources(folder: str, *patterns: str) -> list[str]:
@@ -197,6 +208,7 @@ def cuda_extension(toolkit: Toolkit, archs: list[str]):
             ("USE_CUDA", None),  # the CUDA part of torch's stable C interface
             ("NBL_CUDA_VERSION", f'"{toolkit.version}"'),
             ("NBL_CUDA_ARCHS", f'"{" ".join(archs)}"'),
+            ("NBL_HAS_SM90A", str(int(any(a.startswith("9.0a") for a in archs)))),
         ],
         extra_compile_args={
             "cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"],
@@ -223,7 +235,7 @@ def extensions() -> list:
         if wanted == "0":
             raise NoCuda("NBL_CUDA=0 forbids them")
         toolkit = Toolkit()
-        archs = cuda_archs()
+        archs = cuda_archs(toolkit)
         # Read by torch.utils.cpp_extension when it is imported, which is why that comes late here.
         os.environ["CUDA_HOME"] = str(toolkit.home)
         modules = [cuda_extension(toolkit, archs)]

@@ -144,8 +144,9 @@ inline Factors factorize(SolveSteps& steps, const SymmetricSum& c, const Tensor&
     const std::vector<Layers> groups =
         layer_groups(layers, n <= steps.batched_dim(), [&](int64_t l) { return !f.ok(l); });
     if (groups.empty()) break;
-    steps.for_each(static_cast<int64_t>(groups.size()), [&](int64_t i) {
-      const Layers group = groups[i];
+    // Not for_each: PyTorch has one cuSOLVER handle per thread, and its work area would be shared
+    // by factorizations that run side by side.
+    for (const Layers group : groups) {
       const SymmetricSum sum = part(c, group.first);
       double* scale = doubles(f.scale) + group.first * n;
       double* matrix = doubles(f.matrix) + group.first * n * n;
@@ -156,7 +157,7 @@ inline Factors factorize(SolveSteps& steps, const SymmetricSum& c, const Tensor&
       steps.check_pivots(
           {scale, matrix, infos, doubles(f.used) + group.first, n, smallest_pivot, r, kNaN},
           group.count);
-    });
+    }
     f.ridges = steps.to_host(f.used);
   }
   return f;

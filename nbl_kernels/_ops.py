@@ -3,9 +3,14 @@ gradients, and plain PyTorch on devices that have no kernel of ours."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nbl_kernels import reference
 
 try:
     from nbl_kernels import _C  # noqa: F401  registers torch.ops.nbl
@@ -15,15 +20,18 @@ except ImportError as error:
         f"`pip install --no-build-isolation -e .`) in its source folder. {error}"
     ) from error
 
-try:
-    from nbl_kernels import _C_cuda  # registers the kernels for CUDA tensors
-
-    cuda_error = None
+cuda_error = None
+try:  # registers the kernels for CUDA tensors
+    _C_cuda = importlib.import_module("nbl_kernels._C_cuda")
+    if _C_cuda.cuda_version.split(".")[0] != (torch.version.cuda or "none").split(".")[0]:
+        _C_cuda.set_cuda_path("all", "plain")
+        cuda_error = ImportError(
+            f"built for CUDA {_C_cuda.cuda_version}, torch has {torch.version.cuda}"
+        )
+        _C_cuda = None
 except ImportError as error:  # not built, or a torch without CUDA: build_info() says which
     _C_cuda = None
     cuda_error = error
-
-from nbl_kernels import reference
 
 
 def _check(condition: bool, message: str) -> None:
@@ -89,15 +97,29 @@ def _(cov_ff, cov_bf, cov_bb):
 # solves run on the CPU then.
 
 
+def _as_kernel(composite):
+    """As kernels do: a contiguous result, of x's dtype under autocast too."""
+
+    @functools.wraps(composite)
+    def plain(x, *arguments):
+        with torch.autocast(x.device.type, enabled=False):
+            return composite(x, *arguments).contiguous()
+
+    return plain
+
+
+@_as_kernel
 def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
     features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
     return (x if residual is None else residual) + F.linear(features, weight, bias)
 
 
+@_as_kernel
 def _norm_linear(x, norm_weight, weight, bias, norm_eps):
     return F.linear(_rms_norm(x, norm_weight, norm_eps), weight, bias)
 
 
+@_as_kernel
 def _norm_swiglu(x, norm_weight, gate_up_weight, norm_eps):
     gate, up = F.linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight).chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,18 @@ def test_unknown_settings_of_the_build_are_refused():
         result = run_setup(TORCH_CUDA_ARCH_LIST="7.5")
         if "no CUDA kernels" not in result.stderr:
             assert result.returncode != 0 and "versions from 8.0 on" in result.stderr
+
+
+def test_architectures_become_code_for_them_and_ptx():
+    setup = Path(__file__).parents[1] / "setup.py"
+    if not setup.is_file():
+        pytest.skip("runs from the source folder only")
+    gencode = runpy.run_path(str(setup), run_name="setup")["gencode"]
+    assert gencode(["8.0", "9.0a+PTX", "8.0"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
 
 
 def test_paths_are_refused_by_name():

@@ -281,3 +281,27 @@ def test_devices_without_kernels_run_plain_torch():
     for name, sample in op_samples().items():
         composite = getattr(_ops, f"_{name}")(*sample)
         torch.testing.assert_close(composite, getattr(torch.ops.nbl, name)(*sample))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_composites_keep_what_kernels_promise(dtype):
+    """What runs where no kernel of ours does: contiguous, of x's dtype, whatever surrounds it."""
+    x = make(4, 3, 40, dtype=dtype).transpose(0, 1)
+    weight = make(40, 40, dtype=dtype, scale=40**-0.5)
+    gate_up = make(48, 40, dtype=dtype, scale=40**-0.5)
+    b, gamma = make(40, dtype=dtype), make(40, dtype=dtype)
+    plain, eps = torch.ops.nbl, 1e-6
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = [
+            plain.residual_linear_plain(x, weight, b, None, gamma, eps),
+            plain.norm_linear_plain(x, gamma, weight, b, eps),
+            plain.norm_swiglu_plain(x, gamma, gate_up, eps),
+        ]
+    assert all(out.is_contiguous() and out.dtype == dtype for out in outs)
+    inputs = [
+        (torch_residual_linear, [x, weight, b, None, gamma]),
+        (torch_norm_linear, [x, gamma, weight, b]),
+        (torch_norm_swiglu, [x, gamma, gate_up]),
+    ]
+    for out, (torch_fn, arguments) in zip(outs, inputs):
+        assert_as_exact_as_torch(out, torch_fn, arguments)

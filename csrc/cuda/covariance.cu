@@ -91,7 +91,7 @@ TensorMap tensor_map(const GramOperand& operand, int64_t tokens, bool as_half) {
 
 class CudaDevice {
  public:
-  CudaDevice(const Tensor& like, GramPath path)
+  CudaDevice(const Tensor& like, Path path)
       : like_(like), stream_(current_stream(like)), path_(path) {}
 
   void* allocate(size_t bytes) {
@@ -132,9 +132,9 @@ class CudaDevice {
   int multiprocessors() const { return sm_count(device_of(like_)); }
 
   void gram(const GramParams& params, bool as_half) {
-    if (path_ == GramPath::kHopper)
+    if (path_ == Path::kHopper)
       launch_hopper(params, as_half);
-    else if (path_ == GramPath::kPortable)
+    else if (path_ == Path::kPortable)
       launch_gram_portable(*this, params, as_half);
     else
       multiply_panels(*this, params, as_half);
@@ -157,8 +157,7 @@ class CudaDevice {
     plan_gram(p.gram, multiprocessors());
     if (p.gram.tiles == 0) return;
     if (p.gram.splits > 1)
-      p.gram.partial =
-          static_cast<float*>(scratch(sizeof(float) * kGramTile * kGramTile * gram_blocks(p.gram)));
+      p.gram.partial = static_cast<float*>(scratch(gram_partial_bytes(p.gram, multiprocessors())));
     for (int i = 0; i < params.num_problems; ++i)
       for (int s = 0; s < params.problems[i].num_inputs; ++s)
         if (params.problems[i].inputs[s].dim > 0)
@@ -172,7 +171,7 @@ class CudaDevice {
 
   Tensor like_;
   cudaStream_t stream_;
-  GramPath path_;
+  Path path_;
   std::vector<Tensor> memory_;
   std::optional<Tensor> scratch_;
   size_t scratch_bytes_ = 0;
@@ -180,7 +179,7 @@ class CudaDevice {
 };
 
 template <class T>
-void accumulate(const Tensor& features, GramPath path, const MomentsUpdate& update) {
+void accumulate(const Tensor& features, Path path, const MomentsUpdate& update) {
   CudaDevice device(features, path);
   BadValue bad{};
   if (MomentsUpdater<T, CudaDevice>(device, {update}).run(bad)) return;
@@ -212,17 +211,17 @@ void covariance_update(const Tensor& features, const Tensor& targets,
   const int device = device_of(features);
   const DeviceGuard guard(device);
   const int capability = compute_capability(device);
-  const GramPath path = gram_path(capability);
-  if (path == GramPath::kPlain) {
+  const Path path = gram_path(capability);
+  if (path == Path::kPlain) {
     std::array<StableIValue, 11> stack{to_ivalue(features), to_ivalue(targets), to_ivalue(block),
                                        to_ivalue(mask),     to_ivalue(count),   to_ivalue(sums),
                                        to_ivalue(gram_ff),  to_ivalue(gram_tf), to_ivalue(gram_tt),
                                        to_ivalue(gram_bf),  to_ivalue(gram_bb)};
     return call_aten("nbl::covariance_update_plain", "", stack.data());
   }
-  check(path != GramPath::kHopper || capability == 90, kOp,
-        ": the path hopper needs compute capability 9.0, got ", capability / 10, ".",
-        capability % 10);
+  check(path != Path::kHopper || can_run_hopper(capability), kOp,
+        ": the path hopper needs compute capability 9.0 (got ", capability / 10, ".",
+        capability % 10, ") and a build for 9.0a");
   check(capability >= 80, kOp, ": CUDA kernels need compute capability 8.0, got ", capability / 10,
         ".", capability % 10);
   check(!is_capturing(current_stream(features)), kOp,

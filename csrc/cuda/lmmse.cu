@@ -1,9 +1,11 @@
 // lmmse_solve and the CCA matrices on CUDA: the steps of csrc/lmmse_solve.h by the kernels of
 // nbl/cuda/lmmse.cuh. Factors and triangular solves are ATen's: potrfBatched, trsm or trsmBatched
-// for small matrices, potrf and trsm for large ones, layers side by side on a few streams. In
-// place, on PyTorch's handles and allocator; the host waits once per ridge that is tried.
+// for small matrices, potrf and trsm for large ones, the triangular solves of several layers side
+// by side on a few streams. In place, on PyTorch's handles and allocator; the host waits once per
+// ridge that is tried.
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "cuda/cuda_common.h"
 #include "cuda/paths.h"
@@ -14,8 +16,9 @@ namespace nbl {
 namespace {
 
 // By calculation, on an H100: a batched factorization keeps about one SM busy per layer, n³/3 at
-// some 0.25 TFLOP/s; factored singly a layer is n/64 dependent steps of some 40 µs, on kLanes
-// streams. For 32 layers the former is ahead at 512 and level between 1024 and 2048.
+// some 0.25 TFLOP/s; factored singly, one after another, a layer is n/64 dependent steps of some
+// 40 µs. For 32 layers the former is far ahead at 512 and level near 4096; but trsm, which is most
+// of the work, is faster singly from a few hundred on.
 constexpr int64_t kBatchedDim = 512;
 constexpr int kLanes = 4;
 constexpr int64_t kMostLayers = 65535;  // blockIdx.y and .z
@@ -58,11 +61,15 @@ class Fork {
     for (int i = 0; i < count_; ++i) wait_for(lanes_[i], main_);
   }
 
-  void lane(int64_t i) { make_current(lanes_[i % count_]); }
+  void lane(int64_t i) {
+    leave();
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_create_cuda_stream_guard(lanes_[i % count_], device_, &guard_));
+  }
 
   void join() {
     joined_ = true;
-    make_current(main_);
+    leave();
     for (int i = 0; i < count_; ++i) wait_for(main_, lanes_[i]);
   }
 
@@ -84,13 +91,17 @@ class Fork {
     return static_cast<cudaStream_t>(stream);
   }
 
-  void make_current(cudaStream_t stream) const {
-    TORCH_ERROR_CODE_CHECK(torch_set_current_cuda_stream(stream, device_));
+  // Back to the stream that was current before, as the very object it was.
+  void leave() {
+    if (guard_ == nullptr) return;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_delete_cuda_stream_guard(std::exchange(guard_, CUDAStreamGuardHandle{})));
   }
 
   int device_, count_;
   const Lanes& lanes_;
   cudaStream_t main_;
+  CUDAStreamGuardHandle guard_ = nullptr;
   bool joined_ = false;
 };
 
@@ -164,14 +175,16 @@ class CudaSteps final : public SolveSteps {
   Tensor like_;
 };
 
-bool use_kernels(const Tensor& t) {
-  return solve_path(compute_capability(device_of(t))) == SolvePath::kKernel;
+bool use_kernels(const char* op, const Tensor& t) {
+  check(!is_capturing(current_stream(t)), op,
+        " reads flags back to the host and cannot be captured in a CUDA graph");
+  return solve_path(compute_capability(device_of(t))) == Path::kKernel;
 }
 
 solve::FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const Tensor& energy,
                                double ridge, int64_t rank) {
   const DeviceGuard guard(device_of(cov_tf));
-  if (use_kernels(cov_tf)) {
+  if (use_kernels("lmmse_solve", cov_tf)) {
     CudaSteps steps(cov_tf);
     return solve::lmmse_solve(steps, cov_ff, cov_tf, energy, ridge, rank);
   }
@@ -185,7 +198,7 @@ solve::FiveTensors lmmse_solve(const Tensor& cov_ff, const Tensor& cov_tf, const
 std::tuple<Tensor, Tensor> cca(const char* op, bool residual, const Tensor& cov_ff,
                                const Tensor& cov_bf, const Tensor& cov_bb) {
   const DeviceGuard guard(device_of(cov_bf));
-  if (use_kernels(cov_bf)) {
+  if (use_kernels(op, cov_bf)) {
     CudaSteps steps(cov_bf);
     return solve::cca_matrix(steps, op, residual, cov_ff, cov_bf, cov_bb);
   }

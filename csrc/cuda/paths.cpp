@@ -79,10 +79,12 @@ Settings& settings() {
 Path path_of(Op op, int compute_capability) {
   const int setting = settings()[op].load(std::memory_order_relaxed);
   if (setting == static_cast<int>(Path::kKernel) && op == kGram)
-    return compute_capability == 90 ? Path::kHopper : Path::kPortable;
+    return can_run_hopper(compute_capability) ? Path::kHopper : Path::kPortable;
   if (setting != kAuto) return static_cast<Path>(setting);
   for (const Measured& m : kMeasured)
-    if (m.op == op && m.compute_capability == compute_capability) return m.path;
+    if (m.op == op && m.compute_capability == compute_capability &&
+        (m.path != Path::kHopper || can_run_hopper(compute_capability)))
+      return m.path;
   return Path::kPlain;
 }
 

@@ -14,8 +14,11 @@ enum class Path {
   kPortable,  // gram: nbl/cuda/gram.cuh
   kHopper,    // gram: nbl/cuda/gram_sm90.cuh
 };
-using GramPath = Path;
-using SolvePath = Path;
+
+// Hopper's instructions need code for sm_90a itself: neither sm_90 nor PTX has them.
+inline bool can_run_hopper(int compute_capability) {
+  return NBL_HAS_SM90A && compute_capability == 90;
+}
 
 // For the device of compute capability major * 10 + minor.
 Path linear_path(int compute_capability);

@@ -1,5 +1,7 @@
 // residual_linear, norm_linear, norm_swiglu on CUDA: checks, then the fused kernels for few rows
 // (decode) or cuBLASLt between our normalization and silu·up for many (prefill).
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <map>
@@ -45,43 +47,65 @@ Tensor run_plain(const LinearArgs& a) {
 
 // The counters of the tiles whose k is split, zero between launches. Launches of one stream follow
 // each other and share them. A graph may be replayed beside whatever its stream does then, so what
-// is captured gets its own, from the memory of the graph, set to zero by a node of the graph: at
-// the first split of a capture, once per stream. (The partial sums need no care: like `out`, they
-// come from PyTorch's allocator, call by call.)
-uint32_t* tile_counters(const Tensor& like, cudaStream_t stream, int64_t count) {
+// is captured gets its own, set to zero by a node of the graph: at the first split of a capture,
+// once per stream, 4 KiB that are never given back, because the graph may outlive everything else.
+// Not from PyTorch's allocator: in the private pool of a graph it would count them as a leak. (The
+// partial sums need no care: like `out`, they come from there, call by call.)
+constexpr int64_t kMostCounters = 1024;  // splits are only made where tiles are fewer than SMs
+
+uint32_t* new_counters(cudaStream_t stream) {
+  void* memory = nullptr;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // allows cudaMalloc during a capture
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  const cudaError_t error = cudaMalloc(&memory, kMostCounters * sizeof(uint32_t));
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  check_cuda(error, "cudaMalloc");
+  check_cuda(cudaMemsetAsync(memory, 0, kMostCounters * sizeof(uint32_t), stream),
+             "cudaMemsetAsync");
+  return static_cast<uint32_t*>(memory);
+}
+
+uint32_t* tile_counters(int device, cudaStream_t stream, int64_t count) {
+  check(count <= kMostCounters, "at most ", kMostCounters, " tiles can be split, got ", count);
   struct Counters {
     unsigned long long capture = 0;  // none
-    std::optional<Tensor> eager, captured;
+    uint32_t *eager = nullptr, *captured = nullptr;
   };
   static std::mutex mutex;
-  // Never destroyed: at exit the device may be gone before it.
-  static auto& streams = *new std::map<std::pair<int, cudaStream_t>, Counters>;
+  static std::map<std::pair<int, cudaStream_t>, Counters> streams;
   const std::lock_guard<std::mutex> lock(mutex);
-  Counters& mine = streams[{device_of(like), stream}];
+  Counters& mine = streams[{device, stream}];
 
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
   const bool capturing = status == cudaStreamCaptureStatusActive;
-  std::optional<Tensor>& counters = capturing ? mine.captured : mine.eager;
   if (capturing && capture != mine.capture) {
-    counters.reset();
+    mine.captured = nullptr;
     mine.capture = capture;
   }
-  if (!counters || counters->size(0) < count) {
-    constexpr int64_t kAtLeast = 1024;
-    counters = torch::stable::new_zeros(like, {std::max(count, kAtLeast)}, ScalarType::Int);
-  }
-  return static_cast<uint32_t*>(counters->mutable_data_ptr());
+  uint32_t*& counters = capturing ? mine.captured : mine.eager;
+  if (counters == nullptr) counters = new_counters(stream);
+  return counters;
 }
 
-// Programmatic dependent launch: NBL_DEPENDENT_LAUNCH=0 turns it off.
+// Programmatic dependent launch, where the kernels that this device runs wait for their
+// predecessors: code compiled for less than sm_90 (or brought there as PTX) does not.
+// NBL_DEPENDENT_LAUNCH=0 turns it off. `device` is the current one.
 bool dependent_launch(int device) {
   static const bool allowed = [] {
     const char* text = std::getenv("NBL_DEPENDENT_LAUNCH");
     return text == nullptr || std::string(text) != "0";
   }();
-  return allowed && compute_capability(device) >= 90;
+  static std::array<std::atomic<int>, kMostDevices> known{};  // 0: not yet, 1: no, 2: yes
+  std::atomic<int>& waits = known[device];
+  if (waits.load(std::memory_order_relaxed) == 0) {
+    cudaFuncAttributes attributes{};  // of any kernel: all are compiled for the same list
+    check_cuda(cudaFuncGetAttributes(&attributes, rms_norm_rows<bfloat16, true>),
+               "cudaFuncGetAttributes");
+    waits.store(attributes.ptxVersion >= 90 ? 2 : 1, std::memory_order_relaxed);
+  }
+  return allowed && waits.load(std::memory_order_relaxed) == 2;
 }
 
 // Whether every row can be read by 16 bytes at a time.
@@ -123,6 +147,8 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
   problem.n = n;
   problem.k = k;
   problem.sm_count = sm_count(device);
+  // One handle, but another stream in every thread: no counters could be shared.
+  if (stream == cudaStreamPerThread) problem.splits = 1;
   with_linear_tile(problem, [&](auto tile) {
     using Tile = decltype(tile);
     const LinearGeometry geometry = linear_geometry<Tile>(problem);
@@ -131,7 +157,7 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
     if (geometry.grid_y > 1) {
       partials = torch::stable::new_empty(a.x, {geometry.partials}, ScalarType::Float);
       p.partials = static_cast<float*>(partials->mutable_data_ptr());
-      p.counters = tile_counters(a.x, stream, geometry.counters);
+      p.counters = tile_counters(device, stream, geometry.counters);
     }
     check_cuda(launch_kernel(skinny_linear<Tile>, dim3(geometry.grid_x, geometry.grid_y),
                              kLinearThreads, geometry.shared_bytes, stream, p.dependent, p),
@@ -200,7 +226,11 @@ bool run_wide(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
   p.x_stride = row_stride(features);
   p.weight = a.weight.const_data_ptr();
   p.weight_stride = a.weight.stride(0);
-  p.bias = data(a.bias);
+  // cuBLASLt reads a bias by 16 bytes, whatever its address: one in between is copied.
+  std::optional<Tensor> bias = a.bias;
+  if (bias && reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 16 != 0)
+    bias = torch::stable::clone(*bias);
+  p.bias = data(bias);
   p.residual = data(a.residual);
   p.residual_stride = a.residual ? row_stride(*a.residual) : 0;
   p.out = product.mutable_data_ptr();

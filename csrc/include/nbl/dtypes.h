@@ -62,9 +62,11 @@ NBL_HOST_DEVICE inline float to_float(float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
-  // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals exact.
-  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
-  return bits_to_float(sign | float_to_bits(scaled));
+  if (magnitude < 0x0400u) {  // subnormal: that many 2^-24, exactly
+    const float value = static_cast<float>(magnitude) * bits_to_float(0x33800000u);
+    return bits_to_float(sign | float_to_bits(value));
+  }
+  return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));  // exponent bias 15 to 127
 }
 
 template <class T>

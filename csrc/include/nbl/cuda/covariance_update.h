@@ -53,7 +53,7 @@ void launch_gram_portable(Device& device, GramParams p, bool as_half) {
   if (p.tiles == 0) return;
   if (p.splits > 1)
     p.partial =
-        static_cast<float*>(device.scratch(sizeof(float) * kGramTile * kGramTile * gram_blocks(p)));
+        static_cast<float*>(device.scratch(gram_partial_bytes(p, device.multiprocessors())));
   device.launch(as_half ? gram_portable<float16> : gram_portable<bfloat16>, dim3{gram_blocks(p)},
                 kGramThreads, kGramShared, p);
   if (p.splits > 1)

@@ -164,6 +164,13 @@ NBL_HOST_DEVICE inline void plan_gram(GramParams& p, int sms) {
   p.splits = static_cast<int>(ceil_div(tokens, p.split_tokens));
 }
 
+// Workspace of the partial sums, where there are splits: the same for every span of an update, so
+// that none runs out of memory after another was added.
+inline size_t gram_partial_bytes(const GramParams& p, int sms) {
+  const int64_t blocks = int64_t{p.tiles} * p.splits;
+  return sizeof(float) * kGramTile * kGramTile * static_cast<size_t>(blocks < sms ? sms : blocks);
+}
+
 // ---- Work --------------------------------------------------------------------------------------
 
 // What one block (or, in a persistent kernel, one turn of it) multiplies.
