@@ -164,7 +164,8 @@ class Comparison:
             amount, unit, limit = bytes_read, "GB/s", weights.nbytes / fastest
         else:
             amount, unit, limit = flops, "GFLOP/s", machine.gemm_rate(dtype)
-        best = min(s for name, s in medians.items() if name in pytorch) / pytorch_share
+        # The reference is plain PyTorch too, and at times the fastest of it.
+        best = min(s for name, s in medians.items() if name in (*pytorch, "ref")) / pytorch_share
         of_pytorch = "" if pytorch_error is None else f" (PyTorch {pytorch_error:.1e})"
         row = Row(
             benchmark=op,

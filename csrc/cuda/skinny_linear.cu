@@ -246,12 +246,12 @@ bool run_wide(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
 // ---- Which of them -----------------------------------------------------------------------------
 
 Tensor run(LinearArgs a) {
+  validate(a);
   const int device = device_of(a.x);
   constexpr int kOldest = 80;  // bfloat16 and its mma
   if (compute_capability(device) < kOldest ||
       linear_path(compute_capability(device)) == Path::kPlain)
     return run_plain(a);
-  validate(a);
   const DeviceGuard guard(device);
   make_rows_contiguous(a);
 
