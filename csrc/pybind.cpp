@@ -5,6 +5,7 @@
 #include <torch/headeronly/version.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/huge_pages.h"
 #include "cpu/read_loop.h"
 #include "nbl/cuda/linear_tiles.h"
 
@@ -81,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
         "Those this processor can run, best first.");
   m.def("set_cpu_capability", &nbl::set_cpu_capability, py::arg("name"),
         "Selects the kernels of one of cpu_capabilities(); \"\" selects the best.");
+  m.def("use_huge_pages", &nbl::use_huge_pages, py::arg("address"), py::arg("bytes"),
+        py::call_guard<py::gil_scoped_release>(), "See nbl_kernels.use_huge_pages.");
   m.def("read_loop", &nbl::read_loop, py::arg("address"), py::arg("bytes"), py::arg("streams"),
         py::arg("ahead"), "For benchmarks: reads memory with all threads (csrc/cpu/read_loop.h).");
   m.def("skinny_linear_plan", &skinny_linear_plan, py::arg("dtype"), py::arg("swiglu"),

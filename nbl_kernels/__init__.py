@@ -10,6 +10,7 @@ from nbl_kernels._version import __version__
 from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
 from nbl_kernels.lmmse import Lmmse, canonical_correlations, cca_bound, lmmse_solve
+from nbl_kernels.pages import use_huge_pages
 from nbl_kernels.reference import (
     canonical_correlations_ref,
     cca_bound_ref,
@@ -42,5 +43,6 @@ __all__ = [
     "residual_linear",
     "residual_linear_ref",
     "set_cuda_path",
+    "use_huge_pages",
 ]
 del _ops

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+import nbl_kernels as nk
+
 from .fused import FusedLayer, check_fusible, fuse
 from .linearization import check_dtype, check_one_device
 from .models import family_of
@@ -24,7 +26,8 @@ def optimize(model: PreTrainedModel, *, weights: None = None) -> PreTrainedModel
 
     The model keeps its modules and parameters. Weights that are read together are packed into one
     tensor, of which the parameters become views: memory grows by one layer's weights while packing
-    and not at all afterwards. ``save_pretrained`` writes the ordinary checkpoint;
+    and not at all afterwards. On a CPU the weights move into huge pages, where the system gives any
+    (:func:`nbl_kernels.use_huge_pages`). ``save_pretrained`` writes the ordinary checkpoint;
     ``safetensors.torch.save_file(model.state_dict(), …)`` refuses shared memory, as ever.
 
     Args:
@@ -66,4 +69,6 @@ def optimize(model: PreTrainedModel, *, weights: None = None) -> PreTrainedModel
         fuse(layer)
     if type(model.lm_head) is torch.nn.Linear:
         fuse(model.lm_head)
+    for memory in {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values():
+        nk.use_huge_pages(memory)
     return model
