@@ -85,9 +85,12 @@ inline void make_last_contiguous(RopeArgs& a) {
     if (*t && !(*t)->is_contiguous()) *t = torch::stable::contiguous(**t);
 }
 
-// q is contiguous: (batch, heads, tokens, head_dim).
+// q (batch, heads, tokens, head_dim), in memory (batch, tokens, heads, head_dim): attention answers
+// in the layout of q, and what follows it wants the heads of a token side by side.
 inline Tensor empty_q(const RopeArgs& a) {
-  return torch::stable::new_empty(a.qkv, {a.batch(), a.heads(), a.tokens(), a.head_dim()});
+  const Tensor q =
+      torch::stable::new_empty(a.qkv, {a.batch(), a.tokens(), a.heads(), a.head_dim()});
+  return torch::stable::transpose(q, 1, 2);
 }
 
 inline RopeParams rope_params(const RopeArgs& a, const Tensor& q) {

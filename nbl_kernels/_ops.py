@@ -78,7 +78,8 @@ def _(qkv, cos, sin, positions, slots, key_cache, value_cache, q_norm, k_norm, n
         f"rope_append: the caches must have shape (at least {batch}, kv_heads, slots, {head_dim}), "
         f"got {tuple(key_cache.shape)} and {tuple(value_cache.shape)}",
     )
-    return qkv.new_empty((batch, heads - 2 * key_cache.shape[1], tokens, head_dim))
+    q = qkv.new_empty((batch, tokens, heads - 2 * key_cache.shape[1], head_dim))
+    return q.transpose(1, 2)
 
 
 @torch.library.register_fake("nbl::covariance_update")
@@ -150,7 +151,7 @@ def _rope_append(qkv, cos, sin, positions, slots, key_cache, value_cache, q_norm
         k = reference._rotated(k, cos, sin, k_norm, norm_eps)
         if length > 0:
             _append(k, v, slots.expand(batch, length), key_cache, value_cache)
-        return q.transpose(1, 2).contiguous()
+        return q.transpose(1, 2)
 
 
 def _append(k, v, slots, key_cache, value_cache):

@@ -102,7 +102,7 @@ def rope_append_ref(
     rows, tokens = (slots >= 0).nonzero(as_tuple=True)
     key_cache[rows, :, slots[rows, tokens]] = k[rows, tokens]
     value_cache[rows, :, slots[rows, tokens]] = v[rows, tokens]
-    return q.transpose(1, 2).contiguous()
+    return q.transpose(1, 2)
 
 
 def _rotated(

@@ -55,8 +55,9 @@ def rope_append(
         norm_eps: added to the mean square.
 
     Returns:
-        q, rotated: (B, H, T, D), contiguous: what ``scaled_dot_product_attention`` takes, and with
-        T = 1 a view as (B, H_kv, H / H_kv, D) away from reading each key once for all its queries.
+        q, rotated: (B, H, T, D), as ``scaled_dot_product_attention`` takes it, in memory
+        (B, T, H, D): attention answers in the layout of q, so that its result is a view of
+        (B, T, H·D), what ``o_proj`` reads.
 
     Raises:
         TypeError: an argument is no tensor or array, or the arrays are not of one kind.

@@ -86,7 +86,7 @@ def assert_right(arguments, append=nk.rope_append) -> None:
     def rotation(x, cos, sin, weight):
         return torch_rotation(x, cos, sin, weight, positions)
 
-    assert q.is_contiguous()
+    assert q.transpose(1, 2).is_contiguous()
     inputs = [parts[0], *tables, arguments.get("q_norm_weight")]
     assert_as_exact_as_torch(q.transpose(1, 2), rotation, inputs)
     rows, tokens = (slots >= 0).nonzero(as_tuple=True)
