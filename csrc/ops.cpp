@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "norm_swiglu_inference(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) "
       "-> Tensor");
 
+  // Rotates the heads of q and k (normalized first where a weight is given) by the rows of cos and
+  // sin that positions name; returns q (B, H, T, D) and writes k and v to their slots of the caches
+  m.def(
+      "rope_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? q_norm_weight, "
+      "Tensor? k_norm_weight, float norm_eps) -> Tensor");
+
   // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y)
   m.def(
       "covariance_update(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
@@ -57,6 +64,10 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   m.def(
       "norm_swiglu_plain(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) "
       "-> Tensor");
+  m.def(
+      "rope_append_plain(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? q_norm_weight, "
+      "Tensor? k_norm_weight, float norm_eps) -> Tensor");
   m.def(
       "covariance_update_plain(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "

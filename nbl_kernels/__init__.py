@@ -1,4 +1,4 @@
-"""Kernels for linearizing attention: fused skinny linears, streaming covariance, LMMSE solves.
+"""Kernels for linearizing attention: fused skinny linears, RoPE, covariances, LMMSE solves.
 
 Needs torch only. Every function here is also an operator, ``torch.ops.nbl.*``, with a plain PyTorch
 specification, ``*_ref``. The kernels are in ``csrc/include/nbl``.
@@ -19,7 +19,9 @@ from nbl_kernels.reference import (
     norm_linear_ref,
     norm_swiglu_ref,
     residual_linear_ref,
+    rope_append_ref,
 )
+from nbl_kernels.rope import rope_append, rope_tables
 
 __all__ = [
     "CovarianceAccumulator",
@@ -42,6 +44,9 @@ __all__ = [
     "norm_swiglu_ref",
     "residual_linear",
     "residual_linear_ref",
+    "rope_append",
+    "rope_append_ref",
+    "rope_tables",
     "set_cuda_path",
     "use_huge_pages",
 ]

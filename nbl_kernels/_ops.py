@@ -70,6 +70,18 @@ def _fake_linear(op: str, x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("nbl::rope_append")
+def _(qkv, cos, sin, positions, slots, key_cache, value_cache, q_norm, k_norm, norm_eps):
+    batch, tokens, heads, head_dim = qkv.shape
+    _check(
+        key_cache.dim() == 4 and key_cache.shape == value_cache.shape,
+        f"rope_append: the caches must have shape (at least {batch}, kv_heads, slots, {head_dim}), "
+        f"got {tuple(key_cache.shape)} and {tuple(value_cache.shape)}",
+    )
+    q = qkv.new_empty((batch, tokens, heads - 2 * key_cache.shape[1], head_dim))
+    return q.transpose(1, 2)
+
+
 @torch.library.register_fake("nbl::covariance_update")
 def _(features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb):
     return None
@@ -129,6 +141,33 @@ def _rms_norm(x, norm_weight, norm_eps):
     return F.rms_norm(x, (x.shape[-1],), norm_weight, norm_eps)
 
 
+def _rope_append(qkv, cos, sin, positions, slots, key_cache, value_cache, q_norm, k_norm, norm_eps):
+    with torch.autocast(qkv.device.type, enabled=False):
+        batch, length, heads = qkv.shape[:3]
+        kv_heads = key_cache.shape[1]
+        q, k, v = qkv.split([heads - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+        cos, sin = cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
+        q = reference._rotated(q, cos, sin, q_norm, norm_eps)
+        k = reference._rotated(k, cos, sin, k_norm, norm_eps)
+        if length > 0:
+            _append(k, v, slots.expand(batch, length), key_cache, value_cache)
+        return q.transpose(1, 2)
+
+
+def _append(k, v, slots, key_cache, value_cache):
+    """Without waiting for the device to say which slots are negative: those tokens write what
+    the first of their row that is written writes, or, where there is none, what is there."""
+    written = slots >= 0
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    tokens = torch.arange(slots.shape[1], device=slots.device)
+    tokens = torch.where(written, tokens, written.int().argmax(dim=1, keepdim=True))
+    slots = slots[rows, tokens]
+    nothing = (slots < 0)[..., None, None]
+    slots = slots.clamp_min(0)
+    for new, cache in ((k, key_cache), (v, value_cache)):
+        cache[rows, :, slots] = torch.where(nothing, cache[rows, :, slots], new[rows, tokens])
+
+
 def _covariance_update(
     features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb
 ):
@@ -160,6 +199,7 @@ for _composite, _names in {
     _residual_linear: ("residual_linear", "residual_linear_inference", "residual_linear_plain"),
     _norm_linear: ("norm_linear", "norm_linear_inference", "norm_linear_plain"),
     _norm_swiglu: ("norm_swiglu", "norm_swiglu_inference", "norm_swiglu_plain"),
+    _rope_append: ("rope_append", "rope_append_plain"),
     _covariance_update: ("covariance_update", "covariance_update_plain"),
     _on_cpu(torch.ops.nbl.lmmse_solve): ("lmmse_solve", "lmmse_solve_plain"),
     _on_cpu(torch.ops.nbl.cca_matrix): ("cca_matrix", "cca_matrix_plain"),

@@ -6,7 +6,7 @@ kind. bfloat16 arrays are those of ``ml_dtypes`` (NumPy, and CuPy from 14 on).
 
 With CuPy arrays the work is enqueued on CuPy's current stream, as that of CuPy's own functions: no
 synchronization, and arrays may be released as soon as the call returns. Read-only NumPy arrays are
-accepted, and no argument is ever written to; only negative strides, which a tensor cannot have, are
+accepted where an argument is only read; only negative strides, which a tensor cannot have, are
 copied.
 """
 
@@ -22,13 +22,16 @@ from torch import Tensor
 
 @contextmanager
 def borrowed(
-    prefix: str, required: dict[str, object], optional: dict[str, object] | None = None
+    prefix: str,
+    required: dict[str, object],
+    optional: dict[str, object] | None = None,
+    mutated: tuple[str, ...] = (),
 ) -> Iterator[tuple[dict[str, Tensor | None], Callable[[Tensor], Any]]]:
     """Arrays of one kind as tensors, by their names, and the way back for the results.
 
     Inside the context torch's current stream is CuPy's, where the arrays are CuPy's. Optional ones
     may be None. Raises TypeError, which names the argument after ``prefix``: no array, or one of
-    another kind.
+    another kind; ValueError: one of ``mutated`` that cannot be written to.
     """
     optional = optional or {}
     given = required | {name: value for name, value in optional.items() if value is not None}
@@ -41,6 +44,10 @@ def borrowed(
                 f"{prefix}{name} must be a {_described(kind)}, got {type(given[name]).__name__}: "
                 f"the arrays of a call must be of one kind, that of {model}"
             )
+
+    for name in mutated:
+        if kind == "numpy" and not _is_writable(given[name]):
+            raise ValueError(f"{prefix}{name} is written to: it must not be read-only or reversed")
 
     bfloat16 = next((v.dtype for v in given.values() if _is_bfloat16(v)), None)
 
@@ -94,6 +101,10 @@ class _Memory:
         address, _ = array.__array_interface__["data"]
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
         self.array = array  # keeps the memory
+
+
+def _is_writable(array: Any) -> bool:
+    return array.flags.writeable and all(stride >= 0 for stride in array.strides)
 
 
 def _exportable(array: Any) -> Any:

@@ -18,15 +18,20 @@ __all__ = [
     "norm_linear_ref",
     "norm_swiglu_ref",
     "residual_linear_ref",
+    "rope_append_ref",
 ]
 
 
 def _rms_norm(x: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight in float32 (or float64), rounded once to x.dtype."""
+    return _rms_norm_unrounded(x, norm_weight, norm_eps).to(x.dtype)
+
+
+def _rms_norm_unrounded(x: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
     acc = torch.promote_types(x.dtype, torch.float32)
     xf = x.to(acc)
     scale = torch.rsqrt(xf.square().mean(-1, keepdim=True) + norm_eps)
-    return (xf * scale * norm_weight.to(acc)).to(x.dtype)
+    return xf * scale * norm_weight.to(acc)
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,6 +76,44 @@ def norm_swiglu_ref(
     gate_up = _linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight, None)
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
+
+
+def rope_append_ref(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """q rotated (B, H, T, D); k rotated and v go to the caches; see
+    :func:`nbl_kernels.rope_append`."""
+    kv_heads = key_cache.shape[1]
+    q, k, v = qkv.split([qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    cos, sin = cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)  # for every head
+    q = _rotated(q, cos, sin, q_norm_weight, norm_eps)
+    k = _rotated(k, cos, sin, k_norm_weight, norm_eps)
+    slots = slots.expand(qkv.shape[:2])
+    rows, tokens = (slots >= 0).nonzero(as_tuple=True)
+    key_cache[rows, :, slots[rows, tokens]] = k[rows, tokens]
+    value_cache[rows, :, slots[rows, tokens]] = v[rows, tokens]
+    return q.transpose(1, 2)
+
+
+def _rotated(
+    x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None, norm_eps: float
+) -> Tensor:
+    """[a cos - b sin | b cos + a sin | rest] of x (normalized) = [a | b | rest], rounded once."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    xf = x.to(acc) if norm_weight is None else _rms_norm_unrounded(x, norm_weight, norm_eps)
+    half = cos.shape[-1]
+    a, b, rest = xf.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 def covariance_update_ref(

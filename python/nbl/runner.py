@@ -253,14 +253,12 @@ class Runner:
                 "the model was linearized, restored or moved since this Runner was made; "
                 "make a new one"
             )
-        for i, (layer, kept) in enumerate(zip(self._layers, self._kept)):
+        for i, layer in enumerate(self._layers):
             if not layer._is_intact():
                 raise RuntimeError(
                     f"layer {i} has hooks or adapters inside, which a Runner would leave out: "
                     "remove them, or use model.generate"
                 )
-            if kept is not None:
-                kept.read_norms(layer.self_attn)
         if self._graphs is not None:
             self._graphs.prepare(len(batch.lengths), first, end)
         self._call += 1
@@ -329,21 +327,19 @@ class Runner:
     def _attention(self, layer: Any, kept: _Kept, x: Tensor, span: _Span) -> Tensor:
         """x + o_proj(attention): rotates q and k, appends k and v to the cache, attends to it."""
         rows, length = x.shape[:2]
-        qkv = layer._qkv(x)
-        turned, v = qkv.split([kept.heads + kept.kv_heads, kept.kv_heads], dim=2)
-        if kept.qk_norm is not None:
-            turned = F.rms_norm(turned, turned.shape[-1:], eps=kept.qk_norm_eps) * kept.qk_norm
-        turned = torch.addcmul(turned * span.cos, turned.roll(turned.shape[-1] // 2, -1), span.sin)
-        q, k = turned.split([kept.heads, kept.kv_heads], dim=2)
-        keys, values = self.keys[kept.index, :rows], self.values[kept.index, :rows]
+        keys, values = self.keys[kept.index], self.values[kept.index]
+        q = nk.rope_append(
+            layer._qkv(x),
+            self._cos,
+            self._sin,
+            span.positions,
+            span.slots,
+            keys,
+            values,
+            **kept.head_norms(layer.self_attn),
+        )
         view = span.views[kept.window]
-        if isinstance(span.slots, slice):
-            keys[:, :, span.slots] = k.transpose(1, 2)
-            values[:, :, span.slots] = v.transpose(1, 2)
-        else:
-            keys.index_copy_(2, span.slots, k.transpose(1, 2))
-            values.index_copy_(2, span.slots, v.transpose(1, 2))
-        keys, values = keys[:, :, view.slots], values[:, :, view.slots]
+        keys, values = keys[:rows, :, view.slots], values[:rows, :, view.slots]
         options = {"attn_mask": view.mask, "scale": kept.scaling}
         if length == 1:
             # The query heads that share a key head are to it as so many tokens: no key is repeated.
@@ -351,24 +347,21 @@ class Runner:
             y = F.scaled_dot_product_attention(q, keys, values, **options)
         else:
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys, values, is_causal=view.causal, enable_gqa=True, **options
+                q, keys, values, is_causal=view.causal, enable_gqa=True, **options
             ).transpose(1, 2)
         out = layer.self_attn.o_proj
         return nk.residual_linear(y.reshape(rows, length, -1), out.weight, out.bias, residual=x)
 
     def _span(self, batch: _Batch, start: int, end: int) -> _Span:
         """Tokens in slots start to end, their keys and values being appended."""
-        if batch.padding is None:
-            cos, sin = self._cos[start:end], self._sin[start:end]
-        else:
-            positions = torch.arange(start, end, device=self.device) - batch.padding[:, None]
-            positions = positions.clamp_min(0)
-            cos, sin = self._cos[positions], self._sin[positions]
+        positions = slots = torch.arange(start, end, device=self.device)
+        if batch.padding is not None:
+            positions = (slots - batch.padding[:, None]).clamp_min(0)
         views = {}
         for window in self._windows:
             first = 0 if window is None else max(0, start - window + 1)
             views[window] = self._view(batch, start, end, first, window)
-        return _Span(slice(start, end), cos.unsqueeze(-2), sin.unsqueeze(-2), views)
+        return _Span(positions, slots, views)
 
     def _view(self, batch: _Batch, start: int, end: int, first: int, window: int | None) -> _View:
         """What the tokens in slots start to end see: slots first to end, masked."""
@@ -413,9 +406,8 @@ class _View:
 class _Span:
     """Where the tokens of one step are, in the cache and in the text."""
 
-    slots: slice | Tensor  # that their keys and values are written to
-    cos: Tensor  # (T, 1, D) or (B, T, 1, D)
-    sin: Tensor  # the same, negative in its first half
+    positions: Tensor  # (T,) or (B, T), in the text
+    slots: Tensor  # (T,), that their keys and values are written to
     views: dict[int | None, _View]  # per sliding window
 
 
@@ -424,18 +416,20 @@ class _Kept:
     """A layer that kept its attention."""
 
     index: int  # in the cache
-    heads: int
     kv_heads: int
     scaling: float
     window: int | None
-    qk_norm: Tensor | None  # (heads + kv_heads, D): the weights of q_norm and k_norm, per head
-    qk_norm_eps: float
+    normalizes: bool  # q and k, head by head, before they are rotated
 
-    def read_norms(self, attention: nn.Module) -> None:
-        if self.qk_norm is not None:
-            with torch.no_grad():
-                self.qk_norm[: self.heads] = attention.q_norm.weight
-                self.qk_norm[self.heads :] = attention.k_norm.weight
+    def head_norms(self, attention: Any) -> dict[str, Any]:
+        """Arguments of rope_append."""
+        if not self.normalizes:
+            return {}
+        return {
+            "q_norm_weight": attention.q_norm.weight,
+            "k_norm_weight": attention.k_norm.weight,
+            "norm_eps": attention.q_norm.variance_epsilon,
+        }
 
 
 def _kept_layers(layers: list[Any]) -> list[_Kept | None]:
@@ -447,29 +441,22 @@ def _kept_layers(layers: list[Any]) -> list[_Kept | None]:
         if attention is None:
             kept.append(None)
             continue
-        heads, kv_heads, _ = layer._heads
-        norm, eps = None, 0.0
-        if hasattr(attention, "q_norm"):
-            eps = attention.q_norm.variance_epsilon
-            norm = attention.q_norm.weight.detach().new_empty(
-                (heads + kv_heads, attention.head_dim)
-            )
-        window = sliding_window(attention)
-        kept.append(_Kept(count, heads, kv_heads, attention.scaling, window, norm, eps))
+        _, kv_heads, _ = layer._heads
+        window, normalizes = sliding_window(attention), hasattr(attention, "q_norm")
+        kept.append(_Kept(count, kv_heads, attention.scaling, window, normalizes))
         count += 1
     return kept
 
 
 @torch.no_grad()
 def _rotation_table(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, D) of every position; sin is negative in its first half, so that
-    x·cos + roll(x, D/2)·sin rotates."""
-    weight = model.model.norm.weight
-    positions = torch.arange(length, device=weight.device)[None]
-    cos, sin = model.model.rotary_emb(weight, positions)
-    half = sin.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    return cos[0].contiguous(), sin[0].contiguous()
+    """cos and sin of every position, float32, as nk.rope_append takes them: by the model's own
+    module, which knows every scaling, and says each angle twice."""
+    device = model.model.norm.weight.device
+    positions = torch.arange(length, device=device)[None]
+    tables = model.model.rotary_emb(torch.empty(0, device=device), positions)
+    cos, sin = (t[0, :, : t.shape[-1] // 2].contiguous() for t in tables)
+    return cos, sin
 
 
 def _token_rows(
@@ -628,8 +615,6 @@ class _Graphs:
         for window in runner._windows:
             mask = seen if window is None else seen & (slots > self.slot - window)
             views[window] = _View(slice(0, bucket), mask[:, None, None])
-        positions = (self.slot - padding)[:, None]
-        cos, sin = runner._cos[positions], runner._sin[positions]
-        span = _Span(self.slot, cos.unsqueeze(-2), sin.unsqueeze(-2), views)
+        span = _Span((self.slot - padding)[:, None], self.slot, views)
         x = runner._forward(self.tokens[:rows], span)
         self.logits[:rows].copy_(runner._head(x)[:, 0])

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../dtypes.h"
+#include "../rope.h"
 
 namespace nbl {
 
@@ -99,6 +100,7 @@ struct TypedKernels {
   void (*rms_norm_rows)(const RowNorm&, int64_t begin, int64_t end);
   void (*silu_mul_rows)(const SiluMul&, int64_t begin, int64_t end);
   void (*residual_rows)(const ResidualRows&, int64_t begin, int64_t end);
+  void (*rope_append)(const RopeParams&, int64_t begin, int64_t end);  // tokens
   void (*column_stats)(const GramInput&, const int64_t* tokens, int64_t count, float* sums,
                        float* squares);  // += Σ x, Σ x² per column
   void (*pack)(const GramChunk&, int64_t block);

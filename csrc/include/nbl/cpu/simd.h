@@ -172,6 +172,17 @@ inline void store_partial(Vec v, T* p, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// The same for any count: whole vectors as they are.
+template <class T>
+inline Vec load_some(const T* p, int64_t count) {
+  return count >= Vec::kWidth ? Vec::load(p) : load_partial(p, count);
+}
+
+template <class T>
+inline void store_some(Vec v, T* p, int64_t count) {
+  count >= Vec::kWidth ? v.store(p) : store_partial(v, p, count);
+}
+
 // e^x to about one unit in the last place, without branches so that loops over it vectorize:
 // x = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r, and n added to the exponent.
 inline float exp_f32(float x) {

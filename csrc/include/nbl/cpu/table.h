@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gram.h"
+#include "rope.h"
 #include "skinny_linear.h"
 
 namespace nbl {
@@ -9,8 +10,9 @@ namespace NBL_ISA {
 
 template <class T>
 constexpr TypedKernels typed_kernels() {
-  return {prepare_features<T>, linear_columns<T>, swiglu_columns<T>, rms_norm_rows<T>,
-          silu_mul_rows<T>,    residual_rows<T>,  column_stats<T>,   pack<T>};
+  return {prepare_features<T>, linear_columns<T>, swiglu_columns<T>,
+          rms_norm_rows<T>,    silu_mul_rows<T>,  residual_rows<T>,
+          rope_append<T>,      column_stats<T>,   pack<T>};
 }
 
 inline CpuKernels make_table(const char* name) {
