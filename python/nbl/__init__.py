@@ -14,6 +14,7 @@ from nbl_kernels import __version__
 
 from . import models
 from .calibration import Calibration, calibrate
+from .drafting import DraftReport, draft_model
 from .evaluation import Perplexity, perplexity
 from .linearization import drop, linearize, restore
 from .models import linearized_layers
@@ -23,11 +24,13 @@ from .runner import Runner
 
 __all__ = [
     "Calibration",
+    "DraftReport",
     "LayerScore",
     "Perplexity",
     "Runner",
     "__version__",
     "calibrate",
+    "draft_model",
     "drop",
     "linearize",
     "linearized_layers",

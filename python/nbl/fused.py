@@ -70,12 +70,32 @@ class Packed:
 
 
 def _stack(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """One tensor (ΣN, …) holding the parameters, which become views of it, and those views."""
-    stacked = torch.cat([p.detach() for p in parameters])
+    """One tensor (ΣN, …) holding the parameters, which become views of it, and those views.
+
+    Parameters that already lie one after another stay there: layers that share them (a draft's and
+    its original's) agree on one tensor."""
+    if _are_adjacent(parameters):
+        shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
+        stacked = parameters[0].detach().as_strided(shape, parameters[0].stride())
+    else:
+        stacked = torch.cat([p.detach() for p in parameters])
     views = list(stacked.split([p.shape[0] for p in parameters]))
     for parameter, view in zip(parameters, views):
         parameter.data = view
     return stacked, views
+
+
+def _are_adjacent(parameters: list[nn.Parameter]) -> bool:
+    """Whether the parameters lie one after another in one piece of memory."""
+    first = parameters[0]
+    address, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for p in parameters:
+        if p.untyped_storage().data_ptr() != address or p.storage_offset() != offset:
+            return False
+        if p.dtype != first.dtype or p.device != first.device or not p.is_contiguous():
+            return False
+        offset += p.numel()
+    return True
 
 
 class FusedLayer:

@@ -32,6 +32,8 @@ __all__ = ["drop", "linearize", "restore"]
 # Where a model keeps the layers that were replaced: a plain dict, so that they are in no state_dict
 # and follow no .to().
 _ORIGINALS = "_nbl_original_layers"
+# Where a draft keeps the ids of its own layers, the first to be replaced first.
+DRAFT_ORDER = "_nbl_draft_order"
 
 
 def linearize(
@@ -74,6 +76,26 @@ def linearize(
             or not calibrated, a layer whose moments have no finite solution. The model is
             untouched.
     """
+    check_no_draft(model)
+    options = {"criterion": criterion, "ridge": ridge, "bias": bias, "rank": rank}
+    _replace(model, linear_layers(model, cal, layers, **options, batches=batches, maps=maps))
+    return model
+
+
+def linear_layers(
+    model: PreTrainedModel,
+    cal: Calibration,
+    layers: int | Iterable[int],
+    *,
+    criterion: str,
+    ridge: float,
+    bias: bool,
+    rank: int | None,
+    batches: Iterable[Any] | None,
+    maps: Mapping[int, nk.Lmmse] | None,
+) -> dict[int, LinearizedDecoderLayer]:
+    """What :func:`linearize` puts into the model: {layer: its replacement}, the layer that is to be
+    replaced first in front. The model is not changed; errors are those of linearize."""
     family_of(model)
     check_one_device(model)
     check_dtype(model)
@@ -101,8 +123,7 @@ def linearize(
         if i not in maps:
             raise ValueError(f"maps has no map for layer {i}")
         replacements[i] = linear_layer(_template(model, i, spec), spec, maps[i], i)
-    _replace(model, replacements)
-    return model
+    return replacements
 
 
 def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -113,6 +134,7 @@ def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     Undone by :func:`restore`. Returns model. ValueError as :func:`linearize`, the model untouched.
     """
     family_of(model)
+    check_no_draft(model)
     check_one_device(model)
     spec = LayerSpec("drop")
     layers = check_layers(model, layers)
@@ -131,9 +153,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     it was optimized, is only un-optimized.
 
     Raises:
-        ValueError: such a model that is not optimized; it is untouched.
+        ValueError: such a model that is not optimized, or a draft; it is untouched.
     """
     family = family_of(model)
+    check_no_draft(model)
     optimized = any(isinstance(layer, FusedLayer) for layer in model.model.layers)
     for module in (*model.model.layers, model.lm_head):
         unfuse(module)
@@ -170,7 +193,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> list[int]:
-    """Layer ids, sorted; ValueError or TypeError for anything but distinct ids of this model."""
+    """Layer ids, in the order given; ValueError or TypeError for anything but distinct ids of this
+    model."""
     total = model.config.num_hidden_layers
     if isinstance(layers, bool | str | bytes):
         raise TypeError(f"layers: expected layer ids, got {layers!r}")
@@ -186,7 +210,7 @@ def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> list[int]:
         raise ValueError(f"layers {beyond} are out of range: the model has layers 0 to {total - 1}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"layers: an id occurs twice in {ids}")
-    return sorted(ids)
+    return ids
 
 
 def check_calibration(model: PreTrainedModel, cal: Calibration) -> None:
@@ -206,6 +230,15 @@ def check_dtype(model: PreTrainedModel) -> None:
     dtype = model.model.norm.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"expected a model in float32, bfloat16 or float16, got {dtype}")
+
+
+def check_no_draft(model: PreTrainedModel) -> None:
+    """ValueError for what :func:`nbl.draft_model` made: most of its layers are another model's."""
+    if getattr(model, DRAFT_ORDER, None) is not None:
+        raise ValueError(
+            "the model is a draft, which shares its layers with the model it was made from: change "
+            "that one, or make another draft"
+        )
 
 
 def check_one_device(model: PreTrainedModel) -> None:

@@ -19,13 +19,18 @@ from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
-from .fused import FusedHead, FusedLayer, sliding_window
+from .drafting import DraftReport, count_accepted
+from .fused import FusedHead, FusedLayer, fuse, sliding_window
+from .linearization import DRAFT_ORDER
 from .models import family_of
 from .optimization import optimize
 
 __all__ = ["Runner"]
 
 _SMALLEST_BUCKET = 128  # of cache slots, for CUDA graphs
+# Rows of one forward pass up to which the linears read their weights once, and a row's result does
+# not depend on the others: drafted tokens are verified in no more.
+_MOST_ROWS = 16
 
 
 class Runner:
@@ -41,13 +46,16 @@ class Runner:
         cuda_graphs: replay the decode step as a CUDA graph, one for each batch size and for each
             power of two of cache slots in use, captured when first needed. Not yet run on a GPU:
             compare its tokens with those of a runner without graphs before relying on it.
+        draft: what :func:`nbl.draft_model` made of `model`, for :meth:`generate` with
+            ``draft_layers``. It uses the weights and the cache of `model`.
 
     The model's sliding windows and rotary scaling (Llama 3's among them) are respected; a window
     saves reading, not memory. Dropout is never applied.
 
     Raises:
         ValueError: what optimize refuses; rotary types that depend on the length of the text
-            ("dynamic", "longrope"); cuda_graphs for a model that is not on a GPU.
+            ("dynamic", "longrope"); cuda_graphs for a model that is not on a GPU; a draft of
+            another model.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Runner:
         *,
         prefill_chunk: int = 2048,
         cuda_graphs: bool = False,
+        draft: PreTrainedModel | None = None,
     ) -> None:
         sizes = {
             "max_batch_size": max_batch_size,
@@ -80,22 +89,27 @@ class Runner:
         weight = model.model.norm.weight
         if cuda_graphs and weight.device.type != "cuda":
             raise ValueError(f"cuda_graphs: the model is on {weight.device}, not on a GPU")
+        if draft is not None:
+            _check_draft(draft, model)
         optimize(model)
 
         self.model = model
+        self.last_draft: DraftReport | None = None  # of the call that last drafted
         self.max_batch_size = max_batch_size
         self.max_length = max_length
         self.prefill_chunk = prefill_chunk
         self.device = weight.device
         self._dtype = weight.dtype
         self._layers = list(model.model.layers)
-        self._kept = _kept_layers(self._layers)
-        kept = [k for k in self._kept if k is not None]
+        self._stack = _Stack(self._layers, _kept_layers(self._layers))
+        self._drafts = _draft_stacks(self._stack, draft)
+        kept = [k for k in self._stack.kept if k is not None]
         self._windows = {k.window for k in kept}
+        self._groups = model.config.num_attention_heads // model.config.num_key_value_heads
         where = {"device": self.device, "dtype": self._dtype}
         shape = (0, max_batch_size, 0, max_length, 0)
         if kept:
-            first = self._layers[self._kept.index(kept[0])]
+            first = self._layers[self._stack.kept.index(kept[0])]
             shape = (len(kept), *shape[1:2], kept[0].kv_heads, max_length, first.self_attn.head_dim)
         self.keys = torch.zeros(shape, **where)
         self.values = torch.zeros(shape, **where)
@@ -121,6 +135,8 @@ class Runner:
         top_p: float | None = None,
         seed: int | None = None,
         stop: int | Iterable[int] | None = None,
+        draft_layers: int | None = None,
+        draft_tokens: int | None = None,
     ) -> list[Tensor]:
         """The continuation of every prompt: a list of LongTensors (length,) on the CPU.
 
@@ -135,6 +151,17 @@ class Runner:
             seed: of the draws; None: PyTorch's own generator.
             stop: token ids that end a row (and are its last token). None: those of the model's
                 generation_config; an empty list: none.
+            draft_layers: so many layers of the runner's draft, the first in its order, propose
+                tokens (self-speculative decoding). The tokens are those of greedy decoding without
+                a draft; where two logits differ by no more than rounding (as in bfloat16, where a
+                pass over several tokens may round otherwise), either may be taken.
+                :attr:`last_draft` says how many were accepted. Greedy only, up to 8 prompts.
+            draft_tokens: how many tokens are proposed at a time, fewer at the end and where they
+                and the prompts' rows would exceed 16. None: one more than were accepted last.
+
+        Drafting needs no memory but the maps': the draft reads the cache of the model, writes what
+        it proposes behind that, and the model's own pass over the proposed tokens overwrites it. A
+        token of a batch is accepted when every row that has not ended accepts its own.
 
         Raises:
             ValueError: naming the argument, before anything runs.
@@ -150,6 +177,8 @@ class Runner:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            draft_layers=draft_layers,
+            draft_tokens=draft_tokens,
         ):
             rows.append(tokens)
         new = torch.stack(rows, dim=1).cpu()
@@ -166,6 +195,8 @@ class Runner:
         top_p: float | None = None,
         seed: int | None = None,
         stop: int | Iterable[int] | None = None,
+        draft_layers: int | None = None,
+        draft_tokens: int | None = None,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, a step at a time: yields the new tokens (B,) of each step, on the
         model's device, -1 for rows that have ended. Arguments are checked at once; the prompts run
@@ -180,7 +211,8 @@ class Runner:
         self._check_room(batch.length, max_new_tokens)
         sampler = _Sampler(temperature, top_k, top_p, seed, self.device)
         stop_ids = torch.tensor(self._stop_ids(stop), dtype=torch.long, device=self.device)
-        return self._steps(batch, max_new_tokens, sampler, stop_ids)
+        drafting = self._drafting(batch, draft_layers, draft_tokens, temperature)
+        return self._steps(batch, max_new_tokens, sampler, stop_ids, drafting)
 
     def logits(
         self,
@@ -202,7 +234,8 @@ class Runner:
         self._begin(batch, first, batch.length)
         parts = self._prefill(batch, first, every=True)
         for slot in range(first, batch.length):
-            parts.append(self._decode(batch, batch.ids[:, slot], slot)[:, None].clone())
+            tokens = batch.ids[:, slot : slot + 1]
+            parts.append(self._decode(self._stack, batch, tokens, slot).clone())
         logits = torch.cat(parts, dim=1)
         return [row[batch.length - n :] for row, n in zip(logits, batch.lengths)]
 
@@ -241,6 +274,42 @@ class Runner:
             raise ValueError(f"stop: expected token ids, got {stop!r}")
         return ids
 
+    def _drafting(
+        self,
+        batch: _Batch,
+        draft_layers: int | None,
+        draft_tokens: int | None,
+        temperature: float,
+    ) -> _Drafting | None:
+        if draft_layers is None:
+            if draft_tokens is not None:
+                raise ValueError(f"draft_tokens: needs draft_layers, got {draft_tokens!r}")
+            return None
+        if not self._drafts:
+            raise ValueError(
+                "draft_layers: this runner has no draft; make it with draft=nbl.draft_model(…)"
+            )
+        if type(draft_layers) is not int or not 1 <= draft_layers < len(self._drafts):
+            raise ValueError(
+                f"draft_layers: expected a number from 1 to {len(self._drafts) - 1}, the draft's "
+                f"layers, got {draft_layers!r}"
+            )
+        if draft_tokens is not None and (type(draft_tokens) is not int or draft_tokens < 1):
+            raise ValueError(f"draft_tokens: expected a positive int, got {draft_tokens!r}")
+        if temperature > 0:
+            raise ValueError(
+                f"draft_layers: drafting is greedy, expected temperature 0, got {temperature!r}"
+            )
+        rows = len(batch.lengths)
+        most = _MOST_ROWS // rows - 1
+        if most < 1:
+            raise ValueError(
+                f"draft_layers: expected at most {_MOST_ROWS // 2} prompts, got {rows}: drafted "
+                f"tokens are verified in up to {_MOST_ROWS} rows at once"
+            )
+        self.last_draft = DraftReport()
+        return _Drafting(self._drafts[draft_layers], draft_tokens, most, self.last_draft)
+
     def _begin(self, batch: _Batch, first: int, end: int) -> int:
         """The cache belongs to this call from now on: a prompt up to slot `first`, new tokens up to
         `end`. RuntimeError for a model that was changed."""
@@ -253,8 +322,9 @@ class Runner:
                 "the model was linearized, restored or moved since this Runner was made; "
                 "make a new one"
             )
-        for i, layer in enumerate(self._layers):
-            if not layer._is_intact():
+        drafts = self._drafts[-1].layers if self._drafts else self._layers
+        for i, (layer, draft) in enumerate(zip(self._layers, drafts)):
+            if not (layer._is_intact() and draft._is_intact()):
                 raise RuntimeError(
                     f"layer {i} has hooks or adapters inside, which a Runner would leave out: "
                     "remove them, or use model.generate"
@@ -265,26 +335,64 @@ class Runner:
         return self._call
 
     def _steps(
-        self, batch: _Batch, max_new_tokens: int, sampler: _Sampler, stop: Tensor
+        self,
+        batch: _Batch,
+        max_new_tokens: int,
+        sampler: _Sampler,
+        stop: Tensor,
+        drafting: _Drafting | None,
     ) -> Iterator[Tensor]:
         end = batch.length + max_new_tokens
         call = self._begin(batch, batch.length, end)
         done = torch.zeros(len(batch.lengths), dtype=torch.bool, device=self.device)
-        logits = self._prefill(batch, batch.length)[-1][:, -1]
-        for slot in range(batch.length, end):
-            tokens = sampler(logits)
-            yield tokens.masked_fill(done, -1)
-            if slot + 1 == end:
-                return
-            if len(stop) > 0:
-                done = done | torch.isin(tokens, stop)
-                if bool(done.all()):
+        run = [sampler(self._prefill(batch, batch.length)[-1][:, -1])]
+        slot = batch.length  # of the tokens that come next
+        while True:
+            for tokens in run:
+                yield tokens.masked_fill(done, -1)
+                slot += 1
+                if slot == end:
                     return
-            if self._call != call:
-                raise RuntimeError(
-                    "this stream cannot go on: a newer call of the runner took its cache"
-                )
-            logits = self._decode(batch, tokens, slot)
+                if len(stop) > 0:
+                    done = done | torch.isin(tokens, stop)
+                    if bool(done.all()):
+                        return
+                if self._call != call:
+                    raise RuntimeError(
+                        "this stream cannot go on: a newer call of the runner took its cache"
+                    )
+            if drafting is None:
+                logits = self._decode(self._stack, batch, run[-1][:, None], slot - 1)
+                run = [sampler(logits[:, -1])]
+            else:
+                run = self._draft(drafting, batch, run[-1], slot - 1, end - slot, done, stop)
+
+    def _draft(
+        self,
+        drafting: _Drafting,
+        batch: _Batch,
+        tokens: Tensor,
+        slot: int,
+        room: int,
+        done: Tensor,
+        stop: Tensor,
+    ) -> list[Tensor]:
+        """The greedy tokens (B,) of the next steps, 1 to `room` of them, by one pass of the model
+        over `tokens` (B,), which go into `slot`, and over what the draft says will follow them.
+
+        The cache holds what the model wrote for the slots before. The draft's passes write theirs
+        from `slot` on, the model's pass writes all of these again, and what it wrote for rejected
+        tokens is overwritten before anything attends to it.
+        """
+        fed = [tokens]
+        for i in range(drafting.count(room)):
+            logits = self._decode(drafting.stack, batch, fed[-1][:, None], slot + i)
+            fed.append(logits[:, -1].argmax(dim=-1))
+        fed = torch.stack(fed, dim=1)
+        exact = self._decode(self._stack, batch, fed, slot).argmax(dim=-1)
+        accepted = count_accepted(fed[:, 1:], exact, done, stop)
+        drafting.note(fed.shape[1] - 1, accepted)
+        return list(exact[:, : accepted + 1].unbind(dim=1))
 
     # --- the forward pass ------------------------------------------------------------------------
 
@@ -295,7 +403,8 @@ class Runner:
         logits = []
         for start in range(0, end, chunk):
             stop = min(start + chunk, end)
-            x = self._forward(batch.ids[:, start:stop], self._span(batch, start, stop))
+            span = self._span(batch, start, stop)
+            x = self._forward(self._stack, batch.ids[:, start:stop], span)
             if every:
                 logits.append(self._head(x))
             elif stop == end:
@@ -303,17 +412,17 @@ class Runner:
         return logits
 
     @torch.inference_mode()
-    def _decode(self, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
-        """Logits (B, vocab) that follow one more token (B,) of every row."""
+    def _decode(self, stack: _Stack, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
+        """Logits (B, T, vocab) that follow each of a few more tokens (B, T), from `slot` on."""
         if self._graphs is not None:
-            return self._graphs.decode(batch, tokens, slot)
-        x = self._forward(tokens[:, None], self._span(batch, slot, slot + 1))
-        return self._head(x)[:, -1]
+            return self._graphs.decode(stack, batch, tokens, slot)
+        span = self._span(batch, slot, slot + tokens.shape[1])
+        return self._head(self._forward(stack, tokens, span))
 
-    def _forward(self, ids: Tensor, span: _Span) -> Tensor:
+    def _forward(self, stack: _Stack, ids: Tensor, span: _Span) -> Tensor:
         """The residual stream (B, T, d) after all layers."""
         x = self.model.model.embed_tokens(ids)
-        for layer, kept in zip(self._layers, self._kept):
+        for layer, kept in zip(stack.layers, stack.kept):
             x = layer._attention(x) if kept is None else self._attention(layer, kept, x, span)
             x = layer._mlp(x)
         return x
@@ -341,10 +450,10 @@ class Runner:
         view = span.views[kept.window]
         keys, values = keys[:rows, :, view.slots], values[:rows, :, view.slots]
         options = {"attn_mask": view.mask, "scale": kept.scaling}
-        if length == 1:
-            # The query heads that share a key head are to it as so many tokens: no key is repeated.
-            q = q.reshape(rows, kept.kv_heads, -1, q.shape[-1])
+        if view.grouped:
+            q = q.unflatten(1, (kept.kv_heads, -1)).transpose(2, 3).flatten(2, 3)
             y = F.scaled_dot_product_attention(q, keys, values, **options)
+            y = y.unflatten(2, (length, -1)).transpose(1, 2)
         else:
             y = F.scaled_dot_product_attention(
                 q, keys, values, is_causal=view.causal, enable_gqa=True, **options
@@ -368,7 +477,8 @@ class Runner:
         slots = slice(first, end)
         padded = batch.visible is not None
         if end - start == 1:
-            return _View(slots, batch.visible[:, None, None, slots] if padded else None)
+            mask = batch.visible[:, None, None, slots] if padded else None
+            return _View(slots, mask, grouped=True)
         if start == 0 and not padded and (window is None or window >= end):
             return _View(slots, causal=True)
         queries = torch.arange(start, end, device=self.device)[:, None]
@@ -378,7 +488,13 @@ class Runner:
             mask = mask & (keys > queries - window)
         if padded:  # padding sees itself: some kernels make NaN of a row of nothing, and it spreads
             mask = (mask & batch.visible[:, None, None, slots]) | (keys == queries)
-        return _View(slots, mask)
+        return self._few(slots, mask) if end - start <= _MOST_ROWS else _View(slots, mask)
+
+    def _few(self, slots: slice, mask: Tensor) -> _View:
+        """For a few tokens, mask (…, T, slots)."""
+        if mask.shape[-2] > 1:
+            mask = mask.repeat_interleave(self._groups, dim=-2)
+        return _View(slots, mask, grouped=True)
 
 
 # --- the parts of a request and of a step --------------------------------------------------------
@@ -400,6 +516,9 @@ class _View:
     slots: slice
     mask: Tensor | None = None  # True: seen; broadcasts to (B, heads, tokens, slots)
     causal: bool = False
+    # The query heads that share a key head are to it as so many tokens: no key is repeated. That
+    # pays for few tokens; the mask then has a row for each head of each token.
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -430,6 +549,64 @@ class _Kept:
             "k_norm_weight": attention.k_norm.weight,
             "norm_eps": attention.q_norm.variance_epsilon,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """The decoder layers of a forward pass: the model's own, or a draft's."""
+
+    layers: list[Any]
+    kept: list[_Kept | None]  # None for the layers without attention
+
+
+def _check_draft(draft: PreTrainedModel, model: PreTrainedModel) -> None:
+    """ValueError unless draft_model made `draft` of this model, as it is now."""
+    if not isinstance(draft, PreTrainedModel) or getattr(draft, DRAFT_ORDER, None) is None:
+        raise ValueError(f"draft: expected what nbl.draft_model made, got {type(draft).__name__}")
+    own, layers, shared = getattr(draft, DRAFT_ORDER), draft.model.layers, model.model.layers
+    same = draft.lm_head is model.lm_head and len(layers) == len(shared)
+    if not same or not all(
+        a.mlp is b.mlp and (a is b or i in own) for i, (a, b) in enumerate(zip(layers, shared))
+    ):
+        raise ValueError("draft: it was made of another model, or this one was changed since")
+    places = {(p.dtype, p.device) for i in own for p in layers[i].parameters()}
+    if len(places) > 1:
+        raise ValueError(f"draft: expected weights of one dtype on one device, got {places}")
+
+
+def _draft_stacks(stack: _Stack, draft: PreTrainedModel | None) -> list[_Stack]:
+    """The draft's layers in use: none of its own, the first in its order, the first two, …"""
+    if draft is None:
+        return []
+    stacks = [stack]
+    for i in getattr(draft, DRAFT_ORDER):
+        layers, kept = list(stacks[-1].layers), list(stacks[-1].kept)
+        layers[i], kept[i] = draft.model.layers[i], None
+        fuse(layers[i])
+        stacks.append(_Stack(layers, kept))
+    return stacks
+
+
+class _Drafting:
+    """How many tokens are drafted at a time, and how that went."""
+
+    def __init__(self, stack: _Stack, tokens: int | None, most: int, report: DraftReport) -> None:
+        self.stack = stack
+        self.report = report
+        self._most = most
+        self._fixed = tokens is not None
+        self._next = tokens or 1
+
+    def count(self, room: int) -> int:
+        """`room`: the tokens that are still wanted. The model's pass gives one itself."""
+        return min(self._next, self._most, room - 1)
+
+    def note(self, proposed: int, accepted: int) -> None:
+        self.report.proposed += proposed
+        self.report.accepted += accepted
+        self.report.passes += 1
+        if not self._fixed:
+            self._next = accepted + 1
 
 
 def _kept_layers(layers: list[Any]) -> list[_Kept | None]:
@@ -548,17 +725,20 @@ class _Graphs:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         rows, device = runner.max_batch_size, runner.device
-        self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        most = max(rows, _MOST_ROWS)  # of tokens in one step
+        self.tokens = torch.zeros(most, dtype=torch.long, device=device)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.padding = torch.zeros(rows, dtype=torch.long, device=device)
         vocab = runner.model.lm_head.out_features
-        self.logits = torch.empty((rows, vocab), dtype=runner._dtype, device=device)
-        self.graphs: dict[tuple[int, int], Any] = {}
+        self.logits = torch.empty((most, vocab), dtype=runner._dtype, device=device)
+        self.graphs: dict[tuple[Any, ...], Any] = {}
         self.pool: Any = None  # of the graphs' memory: only one of them runs at a time
         self.weights: tuple[int, ...] = ()
 
     def prepare(self, rows: int, first: int, end: int) -> None:
-        weights = tuple(p.data_ptr() for p in self.runner.model.parameters())
+        stacks = (self.runner._stack, *self.runner._drafts[-1:])
+        modules = (self.runner.model, *(layer for stack in stacks for layer in stack.layers))
+        weights = tuple(p.data_ptr() for module in modules for p in module.parameters())
         if weights != self.weights:  # graphs hold their addresses
             self.graphs.clear()
             self.pool = None
@@ -567,54 +747,56 @@ class _Graphs:
         for cache in (self.runner.keys, self.runner.values):
             cache[:, :rows, :, first : self.bucket(end)] = 0
 
-    def decode(self, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
-        rows = len(batch.lengths)
-        self.tokens[:rows, 0].copy_(tokens)
+    def decode(self, stack: _Stack, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
+        rows, length = tokens.shape
+        self.tokens[: rows * length].view(rows, length).copy_(tokens)
         self.slot.fill_(slot)
         if batch.padding is None:
             self.padding.zero_()
         else:
             self.padding[:rows].copy_(batch.padding)
-        self.run(rows, self.bucket(slot + 1))
-        return self.logits[:rows]
+        self.run(stack, rows, length, self.bucket(slot + length))
+        return self.logits[: rows * length].view(rows, length, -1)
 
     def bucket(self, slots: int) -> int:
         """The next power of two of slots."""
         size = max(_SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
         return min(size, self.runner.max_length)
 
-    def run(self, rows: int, bucket: int) -> None:
+    def run(self, stack: _Stack, rows: int, length: int, bucket: int) -> None:
+        step = (stack, rows, length, bucket)
         with torch.cuda.device(self.runner.device):
-            graph = self.graphs.get((rows, bucket))
+            graph = self.graphs.get(step)
             if graph is None:
-                graph = self.graphs[rows, bucket] = self.capture(rows, bucket)
+                graph = self.graphs[step] = self.capture(*step)
             graph.replay()
 
-    def capture(self, rows: int, bucket: int) -> Any:
+    def capture(self, *step: Any) -> Any:
         # What libraries set up when first used must not be captured: the step runs before, on
-        # another stream. It writes to its own slot only, what the replay will write again.
+        # another stream. It writes to its own slots only, what the replay will write again.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.step(rows, bucket)
+                self.step(*step)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.step(rows, bucket)
+            self.step(*step)
         self.pool = graph.pool()
         return graph
 
-    def step(self, rows: int, bucket: int) -> None:
+    def step(self, stack: _Stack, rows: int, length: int, bucket: int) -> None:
         """One decode step between the buffers; everything that varies is in a tensor."""
         runner = self.runner
-        padding = self.padding[:rows]
+        padding = self.padding[:rows, None]
         slots = torch.arange(bucket, device=runner.device)
-        seen = (slots <= self.slot) & (slots >= padding[:, None])
+        own = self.slot + torch.arange(length, device=runner.device)
+        seen = (slots <= own[:, None]) & (slots >= padding[..., None])
         views = {}
         for window in runner._windows:
-            mask = seen if window is None else seen & (slots > self.slot - window)
-            views[window] = _View(slice(0, bucket), mask[:, None, None])
-        span = _Span((self.slot - padding)[:, None], self.slot, views)
-        x = runner._forward(self.tokens[:rows], span)
-        self.logits[:rows].copy_(runner._head(x)[:, 0])
+            mask = seen if window is None else seen & (slots > own[:, None] - window)
+            views[window] = runner._few(slice(0, bucket), mask[:, None])
+        span = _Span(own - padding, own, views)
+        x = runner._forward(stack, self.tokens[: rows * length].view(rows, length), span)
+        self.logits[: rows * length].copy_(runner._head(x).flatten(0, 1))
