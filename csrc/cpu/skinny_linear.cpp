@@ -121,8 +121,24 @@ Tensor run_wide(const LinearArgs& a, int64_t m) {
   return out;
 }
 
+// Quantized weights: nbl::<op>_plain, the composite of PyTorch operations (nbl_kernels/_ops.py).
+Tensor run_plain(const LinearArgs& a) {
+  std::vector<StableIValue> stack{to_ivalue(a.x)};
+  if (a.residual) {
+    stack.insert(stack.end(), {to_ivalue(a.weight), to_ivalue(a.bias), to_ivalue(a.residual),
+                               to_ivalue(a.norm_weight)});
+  } else {
+    stack.insert(stack.end(), {to_ivalue(*a.norm_weight), to_ivalue(a.weight)});
+    if (!a.swiglu) stack.push_back(to_ivalue(a.bias));
+  }
+  stack.insert(stack.end(), {to_ivalue(a.norm_eps), to_ivalue(a.weight_scale)});
+  call_aten((std::string("nbl::") + a.op + "_plain").c_str(), "", stack.data());
+  return tensor_from(stack[0]);
+}
+
 Tensor run(LinearArgs a) {
   validate(a);
+  if (weight_format(a) != WeightFormat::kPlain) return run_plain(a);
   make_rows_contiguous(a);
   const int64_t m = product_of_leading(a.x);
   const int64_t n = a.weight.size(0) / (a.swiglu ? 2 : 1);
@@ -139,18 +155,20 @@ Tensor run(LinearArgs a) {
 
 Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual,
-                       const std::optional<Tensor>& norm_weight, double norm_eps) {
-  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps));
+                       const std::optional<Tensor>& norm_weight, double norm_eps,
+                       const std::optional<Tensor>& weight_scale) {
+  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
 }
 
 Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
-                   const std::optional<Tensor>& bias, double norm_eps) {
-  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps));
+                   const std::optional<Tensor>& bias, double norm_eps,
+                   const std::optional<Tensor>& weight_scale) {
+  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
 }
 
 Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
-                   double norm_eps) {
-  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps));
+                   double norm_eps, const std::optional<Tensor>& weight_scale) {
+  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
 }
 
 }  // namespace
