@@ -130,52 +130,87 @@ struct Dot<F, int4_group> {
 };
 
 #if defined(NBL_AVX512_BF16)
-// Pairs of bf16: a weight of 8 or 4 bits is a bf16 number exactly.
-inline __m512bh bf16_pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+// The bf16 numbers of the magnitudes of a byte, 0 to 127, as low and as high bytes.
+struct ByteTable {
+  alignas(64) uint8_t low[128], high[128];
+};
 
-inline __m512bh bf16_pairs(const int8_t* p) {
-  return _mm512_cvtne2ps_pbh(Vec::load(p + 16).v, Vec::load(p).v);
+constexpr ByteTable byte_table(bool fp8) {
+  ByteTable table{};
+  for (int i = 0; i < 128; ++i) {
+    int bits = 0, exponent = 0;  // of the integer i
+    while (i >> (exponent + 1)) ++exponent;
+    if (i) bits = ((127 + exponent) << 7) + ((i << 7 >> exponent) & 127);
+    if (fp8 && i == 127) bits = 0x7fc0;                      // NaN
+    if (fp8 && i < 8 && i) bits -= 9 << 7;                   // subnormal: that many 2^-9
+    if (fp8 && i >= 8 && i < 127) bits = (i << 4) + 0x3c00;  // exponent bias 7 to 127
+    table.low[i] = static_cast<uint8_t>(bits & 255);
+    table.high[i] = static_cast<uint8_t>(bits >> 8);
+  }
+  return table;
 }
 
-inline __m512bh bf16_pairs(const float8_e4m3* p) {
-  const __m512i bits = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7f));
-  const __m512i sign = _mm512_slli_epi16(_mm512_xor_si512(bits, magnitude), 8);
-  __m512i value = _mm512_slli_epi16(magnitude, 4);  // exponent bias 7 to 127:
-  value = _mm512_add_epi16(value, _mm512_set1_epi16(0x3c00));
-  // 0 to 7 times 2^-9, looked up: normal numbers, which subnormal ones of bf16 are not multiplied
-  // as
-  const __m512i steps = _mm512_castsi128_si512(
-      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-  const __mmask32 subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
-  value = _mm512_mask_permutexvar_epi16(value, subnormal, magnitude, steps);
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
-  return (__m512bh)_mm512_or_si512(value, sign);
-}
+template <class W>
+inline constexpr ByteTable kByteTable = byte_table(std::is_same_v<W, float8_e4m3>);
+
+// A line of weights as pairs of bf16, which is exact: bytes are looked up by their lowest 7 bits.
+template <class W>
+struct Pairs {
+  static constexpr int kParts = 2 / sizeof(W);
+  __m512bh part[kParts];
+
+  static Pairs load(const W* p) {
+    const __m512i line = _mm512_loadu_si512(p);
+    if constexpr (kParts == 1) {
+      return {{(__m512bh)line}};
+    } else {
+      // So that what the unpacking below takes from the lanes of 16 bytes is in order.
+      const __m512i bytes =
+          _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), line);
+      const __m512i index = std::is_same_v<W, int8_t> ? _mm512_abs_epi8(bytes) : bytes;
+      const auto look_up = [&](const uint8_t* table) {
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), index,
+                                        _mm512_load_si512(table + 64));
+      };
+      constexpr int kOrAnd = 0xf8;  // a | (b & c)
+      const __m512i low = look_up(kByteTable<W>.low);
+      const __m512i high = _mm512_ternarylogic_epi32(look_up(kByteTable<W>.high), bytes,
+                                                     _mm512_set1_epi8((char)0x80), kOrAnd);
+      return {
+          {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)}};
+    }
+  }
+};
 
 template <class W>
 struct Dot<bfloat16, W> {
   using Feature = bfloat16;
   using Row = const W*;
-  using Weights = __m512bh;
-  using Features = __m512bh;
-  static constexpr int kStep = 32;
-  static constexpr int kLine = 64 / sizeof(W);
+  using Weights = Pairs<W>;
+  static constexpr int kStep = 64 / sizeof(W);
+  static constexpr int kLine = kStep;
   static constexpr bool kPadded = false;
+  struct Features {
+    __m512bh part[Weights::kParts];
+  };
   static Row row(const SkinnyLinear& p, int64_t n) {
     return static_cast<const W*>(p.weight) + n * p.weight_stride;
   }
   static const char* address(Row row) { return reinterpret_cast<const char*>(row); }
-  static Weights load_weights(Row row, int64_t k) { return bf16_pairs(row + k); }
+  static Weights load_weights(Row row, int64_t k) { return Weights::load(row + k); }
   static Weights load_weights_partial(Row row, int64_t k, int64_t count) {
     W padded[kStep] = {};
     std::memcpy(padded, row + k, count * sizeof(W));
-    return bf16_pairs(padded);
+    return Weights::load(padded);
   }
-  static Features load_features(const bfloat16* p) { return bf16_pairs(p); }
-  static Vec multiply_add(Weights w, Features f, Vec acc) {
-    return {_mm512_dpbf16_ps(acc.v, w, f)};
+  static Features load_features(const bfloat16* p) {
+    Features f;
+    for (int i = 0; i < Weights::kParts; ++i) f.part[i] = Pairs<bfloat16>::load(p + 32 * i).part[0];
+    return f;
+  }
+  static Vec multiply_add(const Weights& w, const Features& f, Vec acc) {
+    for (int i = 0; i < Weights::kParts; ++i) acc.v = _mm512_dpbf16_ps(acc.v, w.part[i], f.part[i]);
+    return acc;
   }
 };
 
@@ -210,10 +245,13 @@ struct Dot<bfloat16, int4_group> {  // a group at a time, its sum times its scal
     };
     return {{look_up(words), look_up(_mm512_srli_epi16(words, 4)),
              look_up(_mm512_srli_epi16(words, 8)), look_up(_mm512_srli_epi16(words, 12))},
-            Vec::broadcast(to_float(row.scales[group]))};
+            {_mm512_castsi512_ps(
+                _mm512_slli_epi32(_mm512_set1_epi16((short)row.scales[group].bits), 16))}};
   }
   static Features load_features(const bfloat16* p) {
-    return {{bf16_pairs(p), bf16_pairs(p + 32), bf16_pairs(p + 64), bf16_pairs(p + 96)}};
+    Features f;
+    for (int i = 0; i < 4; ++i) f.part[i] = Pairs<bfloat16>::load(p + 32 * i).part[0];
+    return f;
   }
   static Vec multiply_add(const Weights& w, const Features& f, Vec acc) {
     __m512 sum = _mm512_setzero_ps();
