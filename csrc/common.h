@@ -49,6 +49,12 @@ inline const char* dtype_name(ScalarType type) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Bool:
       return "bool";
     case ScalarType::Long:

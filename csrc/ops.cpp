@@ -3,30 +3,32 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(nbl, m) {
+  // A quantized weight (WeightFormat in include/nbl/dtypes.h) comes with its weight_scale.
   // out = residual + W f(x) + b, f the identity or RMSNorm · norm_weight; residual defaults to x
   m.def(
       "residual_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
-      "Tensor? norm_weight, float norm_eps) -> Tensor");
+      "Tensor? norm_weight, float norm_eps, Tensor? weight_scale=None) -> Tensor");
   // out = W RMSNorm(x) + b
   m.def(
-      "norm_linear(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, float norm_eps) "
-      "-> Tensor");
+      "norm_linear(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, float norm_eps, "
+      "Tensor? weight_scale=None) -> Tensor");
   // out = silu(G f) · (U f), f = RMSNorm(x), gate_up_weight = [G; U]
   m.def(
-      "norm_swiglu(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) -> Tensor");
+      "norm_swiglu(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps, "
+      "Tensor? weight_scale=None) -> Tensor");
 
   // The same three without a gradient: what the Python functions call when none is asked for.
   // (A gradient registered from Python costs every call a detour through the interpreter, tens of
   // microseconds once the weights have swept it out of the caches.)
   m.def(
       "residual_linear_inference(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
-      "Tensor? norm_weight, float norm_eps) -> Tensor");
+      "Tensor? norm_weight, float norm_eps, Tensor? weight_scale=None) -> Tensor");
   m.def(
       "norm_linear_inference(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, "
-      "float norm_eps) -> Tensor");
+      "float norm_eps, Tensor? weight_scale=None) -> Tensor");
   m.def(
-      "norm_swiglu_inference(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) "
-      "-> Tensor");
+      "norm_swiglu_inference(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps, "
+      "Tensor? weight_scale=None) -> Tensor");
 
   // Rotates the heads of q and k (normalized first where a weight is given) by the rows of cos and
   // sin that positions name; returns q (B, H, T, D) and writes k and v to their slots of the caches
@@ -57,13 +59,13 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   // The same as PyTorch operations (nbl_kernels/_ops.py): what runs where no kernel of ours does.
   m.def(
       "residual_linear_plain(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
-      "Tensor? norm_weight, float norm_eps) -> Tensor");
+      "Tensor? norm_weight, float norm_eps, Tensor? weight_scale=None) -> Tensor");
   m.def(
       "norm_linear_plain(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, "
-      "float norm_eps) -> Tensor");
+      "float norm_eps, Tensor? weight_scale=None) -> Tensor");
   m.def(
-      "norm_swiglu_plain(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps) "
-      "-> Tensor");
+      "norm_swiglu_plain(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps, "
+      "Tensor? weight_scale=None) -> Tensor");
   m.def(
       "rope_append_plain(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
       "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? q_norm_weight, "

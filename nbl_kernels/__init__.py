@@ -11,6 +11,7 @@ from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
 from nbl_kernels.lmmse import Lmmse, canonical_correlations, cca_bound, lmmse_solve
 from nbl_kernels.pages import use_huge_pages
+from nbl_kernels.quantization import dequantize, quantize
 from nbl_kernels.reference import (
     canonical_correlations_ref,
     cca_bound_ref,
@@ -35,6 +36,7 @@ __all__ = [
     "cca_bound_ref",
     "covariance_update_ref",
     "cuda_paths",
+    "dequantize",
     "include_dir",
     "lmmse_solve",
     "lmmse_solve_ref",
@@ -42,6 +44,7 @@ __all__ = [
     "norm_linear_ref",
     "norm_swiglu",
     "norm_swiglu_ref",
+    "quantize",
     "residual_linear",
     "residual_linear_ref",
     "rope_append",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nbl_kernels import reference
+from nbl_kernels.quantization import check_scale, dequantize
 
 try:
     from nbl_kernels import _C  # noqa: F401  registers torch.ops.nbl
@@ -44,24 +45,27 @@ def _check(condition: bool, message: str) -> None:
 
 @torch.library.register_fake("nbl::residual_linear")
 @torch.library.register_fake("nbl::residual_linear_inference")
-def _(x, weight, bias, residual, norm_weight, norm_eps):
-    return _fake_linear("residual_linear", x, weight)
+def _(x, weight, bias, residual, norm_weight, norm_eps, weight_scale=None):
+    return _fake_linear("residual_linear", x, weight, weight_scale)
 
 
 @torch.library.register_fake("nbl::norm_linear")
 @torch.library.register_fake("nbl::norm_linear_inference")
-def _(x, norm_weight, weight, bias, norm_eps):
-    return _fake_linear("norm_linear", x, weight)
+def _(x, norm_weight, weight, bias, norm_eps, weight_scale=None):
+    return _fake_linear("norm_linear", x, weight, weight_scale)
 
 
 @torch.library.register_fake("nbl::norm_swiglu")
 @torch.library.register_fake("nbl::norm_swiglu_inference")
-def _(x, norm_weight, gate_up_weight, norm_eps):
-    out = _fake_linear("norm_swiglu", x, gate_up_weight)
+def _(x, norm_weight, gate_up_weight, norm_eps, weight_scale=None):
+    out = _fake_linear("norm_swiglu", x, gate_up_weight, weight_scale)
     return x.new_empty((*x.shape[:-1], out.shape[-1] // 2))
 
 
-def _fake_linear(op: str, x: Tensor, weight: Tensor) -> Tensor:
+def _fake_linear(op: str, x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    if weight_scale is not None:
+        check_scale(f"{op}: ", weight, weight_scale, x.shape[-1])
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
     _check(
         weight.dim() == 2 and weight.shape[1] == x.shape[-1],
         f"{op}: the weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}",
@@ -121,20 +125,29 @@ def _as_kernel(composite):
 
 
 @_as_kernel
-def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
+def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps, weight_scale=None):
+    weight = _in_dtype_of(x, weight, weight_scale)
     features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
     return (x if residual is None else residual) + F.linear(features, weight, bias)
 
 
 @_as_kernel
-def _norm_linear(x, norm_weight, weight, bias, norm_eps):
+def _norm_linear(x, norm_weight, weight, bias, norm_eps, weight_scale=None):
+    weight = _in_dtype_of(x, weight, weight_scale)
     return F.linear(_rms_norm(x, norm_weight, norm_eps), weight, bias)
 
 
 @_as_kernel
-def _norm_swiglu(x, norm_weight, gate_up_weight, norm_eps):
-    gate, up = F.linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight).chunk(2, dim=-1)
+def _norm_swiglu(x, norm_weight, gate_up_weight, norm_eps, weight_scale=None):
+    weight = _in_dtype_of(x, gate_up_weight, weight_scale)
+    gate, up = F.linear(_rms_norm(x, norm_weight, norm_eps), weight).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _in_dtype_of(x, weight, weight_scale):
+    if weight_scale is None:
+        return weight
+    return dequantize(weight, weight_scale, x.shape[-1], x.dtype)
 
 
 def _rms_norm(x, norm_weight, norm_eps):
@@ -216,18 +229,19 @@ for _composite, _names in {
 # through them (LoRA, say) must be right, not fast.
 
 
-def _reference_residual_linear(x, weight, bias, residual, norm_weight, norm_eps):
-    return reference.residual_linear_ref(
-        x, weight, bias, residual, norm_weight=norm_weight, norm_eps=norm_eps
-    )
+def _reference_residual_linear(x, weight, bias, residual, norm_weight, norm_eps, weight_scale=None):
+    options = {"norm_weight": norm_weight, "norm_eps": norm_eps, "weight_scale": weight_scale}
+    return reference.residual_linear_ref(x, weight, bias, residual, **options)
 
 
-def _reference_norm_linear(x, norm_weight, weight, bias, norm_eps):
-    return reference.norm_linear_ref(x, norm_weight, weight, bias, norm_eps=norm_eps)
+def _reference_norm_linear(x, norm_weight, weight, bias, norm_eps, weight_scale=None):
+    options = {"norm_eps": norm_eps, "weight_scale": weight_scale}
+    return reference.norm_linear_ref(x, norm_weight, weight, bias, **options)
 
 
-def _reference_norm_swiglu(x, norm_weight, gate_up_weight, norm_eps):
-    return reference.norm_swiglu_ref(x, norm_weight, gate_up_weight, norm_eps=norm_eps)
+def _reference_norm_swiglu(x, norm_weight, gate_up_weight, norm_eps, weight_scale=None):
+    options = {"norm_eps": norm_eps, "weight_scale": weight_scale}
+    return reference.norm_swiglu_ref(x, norm_weight, gate_up_weight, **options)
 
 
 def _register_gradient(name: str, reference_fn) -> None:

@@ -28,6 +28,7 @@ def residual_linear(
     *,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``residual + W f(x) + b``: a linearized attention layer, ``o_proj`` or ``down_proj``.
 
@@ -37,11 +38,13 @@ def residual_linear(
 
     Args:
         x: (…, K), float32, bfloat16 or float16; any strides.
-        weight: (N, K), x's dtype; rows may be strided.
+        weight: (N, K), x's dtype; rows may be strided. Or quantized, see :func:`quantize`.
         bias: (N,) or None.
         residual: (…, N) or None: then x itself, which needs N == K.
         norm_weight: (K,) or None.
         norm_eps: added to the mean square.
+        weight_scale: of a quantized weight: float32 (N,) for int8 and float8_e4m3fn, bfloat16
+            (N, ceil(K / 128)) for int4. Sums are scaled in float32.
 
     Returns:
         (…, N) in x's dtype. Products and sums are float32 and the result is rounded once; where
@@ -58,14 +61,15 @@ def residual_linear(
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         required = {"x": x, "weight": weight}
         optional = {"bias": bias, "residual": residual, "norm_weight": norm_weight}
+        optional["weight_scale"] = weight_scale
         with borrowed("residual_linear: ", required, optional) as (tensors, give_back):
             return give_back(residual_linear(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.residual_linear
-        if _needs_gradient(x, weight, bias, residual, norm_weight)
+        if _needs_gradient(x, weight, bias, residual, norm_weight, weight_scale)
         else torch.ops.nbl.residual_linear_inference
     )
-    return op(x, weight, bias, residual, norm_weight, norm_eps)
+    return op(x, weight, bias, residual, norm_weight, norm_eps, weight_scale)
 
 
 def norm_linear(
@@ -75,12 +79,14 @@ def norm_linear(
     bias: Tensor | None = None,
     *,
     norm_eps: float = 1e-6,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``W RMSNorm(x) + b``: a fused QKV projection or the language-model head.
 
     x (…, K), norm_weight (K,), weight (N, K), bias (N,) or None, all of x's dtype (float32,
     bfloat16 or float16) -> (…, N) in x's dtype, accumulated in float32. The normalized x is
-    rounded once to x's dtype. Nothing is mutated. Errors as :func:`residual_linear`.
+    rounded once to x's dtype. Nothing is mutated. A quantized weight, its weight_scale and errors
+    as :func:`residual_linear`.
 
     Equivalent to ``F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     """
@@ -88,25 +94,31 @@ def norm_linear(
         isinstance(x, Tensor) and isinstance(norm_weight, Tensor) and isinstance(weight, Tensor)
     ):
         required = {"x": x, "norm_weight": norm_weight, "weight": weight}
-        with borrowed("norm_linear: ", required, {"bias": bias}) as (tensors, give_back):
+        optional = {"bias": bias, "weight_scale": weight_scale}
+        with borrowed("norm_linear: ", required, optional) as (tensors, give_back):
             return give_back(norm_linear(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.norm_linear
-        if _needs_gradient(x, norm_weight, weight, bias)
+        if _needs_gradient(x, norm_weight, weight, bias, weight_scale)
         else torch.ops.nbl.norm_linear_inference
     )
-    return op(x, norm_weight, weight, bias, norm_eps)
+    return op(x, norm_weight, weight, bias, norm_eps, weight_scale)
 
 
 def norm_swiglu(
-    x: Tensor, norm_weight: Tensor, gate_up_weight: Tensor, *, norm_eps: float = 1e-6
+    x: Tensor,
+    norm_weight: Tensor,
+    gate_up_weight: Tensor,
+    *,
+    norm_eps: float = 1e-6,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``silu(G f) · (U f)``, f = RMSNorm(x): the first half of a Llama MLP.
 
     x (…, K), norm_weight (K,), gate_up_weight (2F, K) = F rows of G, then F rows of U, all of x's
     dtype (float32, bfloat16 or float16) -> (…, F) in x's dtype, accumulated in float32. Up to 16
-    rows gate and up are not rounded before they are multiplied. Nothing is mutated. Errors as
-    :func:`residual_linear`.
+    rows gate and up are not rounded before they are multiplied. Nothing is mutated. A quantized
+    weight, its weight_scale and errors as :func:`residual_linear`.
 
     Equivalent to ``gate, up = F.linear(F.rms_norm(x, …), gate_up_weight).chunk(2, -1)`` and
     ``F.silu(gate) * up``.
@@ -117,14 +129,15 @@ def norm_swiglu(
         and isinstance(gate_up_weight, Tensor)
     ):
         required = {"x": x, "norm_weight": norm_weight, "gate_up_weight": gate_up_weight}
-        with borrowed("norm_swiglu: ", required) as (tensors, give_back):
+        optional = {"weight_scale": weight_scale}
+        with borrowed("norm_swiglu: ", required, optional) as (tensors, give_back):
             return give_back(norm_swiglu(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.norm_swiglu
-        if _needs_gradient(x, norm_weight, gate_up_weight)
+        if _needs_gradient(x, norm_weight, gate_up_weight, weight_scale)
         else torch.ops.nbl.norm_swiglu_inference
     )
-    return op(x, norm_weight, gate_up_weight, norm_eps)
+    return op(x, norm_weight, gate_up_weight, norm_eps, weight_scale)
 
 
 def _needs_gradient(*arguments: Tensor | None) -> bool:

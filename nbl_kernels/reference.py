@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nbl_kernels.quantization import dequantize
+
 __all__ = [
     "canonical_correlations_ref",
     "cca_bound_ref",
@@ -34,9 +36,13 @@ def _rms_norm_unrounded(x: Tensor, norm_weight: Tensor, norm_eps: float) -> Tens
     return xf * scale * norm_weight.to(acc)
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(
+    features: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None
+) -> Tensor:
     """features · weightᵀ + bias with float32 (or float64) products and sums, not rounded."""
     acc = torch.promote_types(features.dtype, torch.float32)
+    if weight_scale is not None:
+        weight = dequantize(weight, weight_scale, features.shape[-1], acc)
     out = features.to(acc) @ weight.to(acc).T
     return out if bias is None else out + bias.to(acc)
 
@@ -49,11 +55,12 @@ def residual_linear_ref(
     *,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``residual + W f(x) + b``; see :func:`nbl_kernels.residual_linear`."""
     features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
     residual = x if residual is None else residual
-    out = _linear(features, weight, bias)
+    out = _linear(features, weight, bias, weight_scale)
     return (residual.to(out.dtype) + out).to(x.dtype)
 
 
@@ -64,16 +71,23 @@ def norm_linear_ref(
     bias: Tensor | None = None,
     *,
     norm_eps: float = 1e-6,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``W RMSNorm(x) + b``; see :func:`nbl_kernels.norm_linear`."""
-    return _linear(_rms_norm(x, norm_weight, norm_eps), weight, bias).to(x.dtype)
+    features = _rms_norm(x, norm_weight, norm_eps)
+    return _linear(features, weight, bias, weight_scale).to(x.dtype)
 
 
 def norm_swiglu_ref(
-    x: Tensor, norm_weight: Tensor, gate_up_weight: Tensor, *, norm_eps: float = 1e-6
+    x: Tensor,
+    norm_weight: Tensor,
+    gate_up_weight: Tensor,
+    *,
+    norm_eps: float = 1e-6,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``silu(G f) · (U f)``, f = RMSNorm(x); see :func:`nbl_kernels.norm_swiglu`."""
-    gate_up = _linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight, None)
+    gate_up = _linear(_rms_norm(x, norm_weight, norm_eps), gate_up_weight, None, weight_scale)
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 

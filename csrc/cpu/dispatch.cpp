@@ -15,7 +15,9 @@ std::vector<const CpuKernels*> supported_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kernels_avx512_bf16());
+  // Only Cooper Lake has the first without the second.
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
+    tables.push_back(&kernels_avx512_bf16());
   if (avx512) tables.push_back(&kernels_avx512());
   if (avx2) tables.push_back(&kernels_avx2());  // every processor with AVX2 has F16C too
 #endif

@@ -25,20 +25,23 @@ namespace {
 Tensor run_plain(const LinearArgs& a) {
   const std::string name = std::string("nbl::") + a.op + "_plain";
   if (a.swiglu) {
-    std::array<StableIValue, 4> stack{to_ivalue(a.x), to_ivalue(*a.norm_weight),
-                                      to_ivalue(a.weight), to_ivalue(a.norm_eps)};
+    std::array<StableIValue, 5> stack{to_ivalue(a.x), to_ivalue(*a.norm_weight),
+                                      to_ivalue(a.weight), to_ivalue(a.norm_eps),
+                                      to_ivalue(a.weight_scale)};
     call_aten(name.c_str(), "", stack.data());
     return tensor_from(stack[0]);
   }
   if (a.residual) {
-    std::array<StableIValue, 6> stack{to_ivalue(a.x),           to_ivalue(a.weight),
+    std::array<StableIValue, 7> stack{to_ivalue(a.x),           to_ivalue(a.weight),
                                       to_ivalue(a.bias),        to_ivalue(a.residual),
-                                      to_ivalue(a.norm_weight), to_ivalue(a.norm_eps)};
+                                      to_ivalue(a.norm_weight), to_ivalue(a.norm_eps),
+                                      to_ivalue(a.weight_scale)};
     call_aten(name.c_str(), "", stack.data());
     return tensor_from(stack[0]);
   }
-  std::array<StableIValue, 5> stack{to_ivalue(a.x), to_ivalue(*a.norm_weight), to_ivalue(a.weight),
-                                    to_ivalue(a.bias), to_ivalue(a.norm_eps)};
+  std::array<StableIValue, 6> stack{to_ivalue(a.x),        to_ivalue(*a.norm_weight),
+                                    to_ivalue(a.weight),   to_ivalue(a.bias),
+                                    to_ivalue(a.norm_eps), to_ivalue(a.weight_scale)};
   call_aten(name.c_str(), "", stack.data());
   return tensor_from(stack[0]);
 }
@@ -249,7 +252,7 @@ Tensor run(LinearArgs a) {
   validate(a);
   const int device = device_of(a.x);
   constexpr int kOldest = 80;  // bfloat16 and its mma
-  if (compute_capability(device) < kOldest ||
+  if (compute_capability(device) < kOldest || weight_format(a) != WeightFormat::kPlain ||
       linear_path(compute_capability(device)) == Path::kPlain)
     return run_plain(a);
   const DeviceGuard guard(device);
@@ -274,18 +277,20 @@ Tensor run(LinearArgs a) {
 
 Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual,
-                       const std::optional<Tensor>& norm_weight, double norm_eps) {
-  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps));
+                       const std::optional<Tensor>& norm_weight, double norm_eps,
+                       const std::optional<Tensor>& weight_scale) {
+  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
 }
 
 Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
-                   const std::optional<Tensor>& bias, double norm_eps) {
-  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps));
+                   const std::optional<Tensor>& bias, double norm_eps,
+                   const std::optional<Tensor>& weight_scale) {
+  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
 }
 
 Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
-                   double norm_eps) {
-  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps));
+                   double norm_eps, const std::optional<Tensor>& weight_scale) {
+  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
 }
 
 }  // namespace

@@ -30,7 +30,28 @@ struct float16 {
   uint16_t bits;
 };
 
+// 1 sign, 4 exponent (bias 7) and 3 fraction bits; up to 448, no infinity, NaN is S.1111.111
+struct float8_e4m3 {
+  uint8_t bits;
+};
+
+// 128 consecutive weights of a row: the low nibble of 16-bit word j (little-endian) is weight j,
+// the next one weight 32 + j, then 64 + j and 96 + j. A weight is (nibble - 8) · scale.
+struct int4_group {
+  uint8_t bytes[64];
+};
+
+constexpr int64_t kInt4Group = 128;
+
 enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+// How the weight (n, k) of a linear is stored. Sums are scaled in float32.
+enum class WeightFormat {
+  kPlain,  // in the dtype of the activations
+  kInt8,   // int8_t (n, k); a float32 scale per row
+  kFp8,    // float8_e4m3 (n, k); a float32 scale per row
+  kInt4,   // int4_group (n, ceil(k / 128)), nibble 8 past k; a bfloat16 scale per group
+};
 
 NBL_HOST_DEVICE inline float bits_to_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -67,6 +88,25 @@ NBL_HOST_DEVICE inline float to_float(float16 value) {
     return bits_to_float(sign | float_to_bits(value));
   }
   return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));  // exponent bias 15 to 127
+}
+
+NBL_HOST_DEVICE inline float to_float(int8_t value) { return static_cast<float>(value); }
+
+NBL_HOST_DEVICE inline float to_float(float8_e4m3 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x80u} << 24;
+  const uint32_t magnitude = value.bits & 0x7fu;
+  if (magnitude == 0x7fu) return bits_to_float(sign | 0x7fc00000u);
+  if (magnitude < 0x08u) {  // subnormal: that many 2^-9
+    const float value = static_cast<float>(magnitude) * bits_to_float(0x3b000000u);
+    return bits_to_float(sign | float_to_bits(value));
+  }
+  return bits_to_float(sign | ((magnitude << 20) + 0x3c000000u));  // exponent bias 7 to 127
+}
+
+// Weight i of a group, as an integer from -8 to 7.
+NBL_HOST_DEVICE inline int int4_at(const int4_group& group, int i) {
+  const int nibble = i / 32, byte = 2 * (i % 32) + nibble / 2;
+  return ((group.bytes[byte] >> (4 * (nibble % 2))) & 15) - 8;
 }
 
 template <class T>

@@ -20,14 +20,24 @@ struct SkinnyLinear {
   int64_t x_stride;
   const void* norm_weight;  // (k), or null: no normalization
   float norm_eps;
-  const void* weight;  // (n, k); (2n, k) for swiglu: n gate rows, then n up rows
-  int64_t weight_stride;
-  const void* bias;      // (n) or null
-  const void* residual;  // (m, n) or null
+  const void* weight;        // (n, k); (2n, k) for swiglu: n gate rows, then n up rows
+  int64_t weight_stride;     // int4: in bytes
+  const void* weight_scale;  // float (n), bfloat16 (n, groups) for int4; null for kPlain
+  const void* bias;          // (n) or null
+  const void* residual;      // (m, n) or null
   int64_t residual_stride;
   void* out;  // (m, n)
   int64_t out_stride;
   int64_t m, n, k;
+};
+
+// A quantized weight in the type of the activations: for many rows of x.
+struct Dequantize {
+  const void* weight;  // as in SkinnyLinear
+  int64_t weight_stride;
+  const void* weight_scale;
+  void* out;  // (n, k), contiguous
+  int64_t k;
 };
 
 struct RowNorm {
@@ -92,11 +102,17 @@ struct GramJob {
   int64_t row_tiles, col_tiles;
 };
 
-// The kernels for one element type.
-struct TypedKernels {
+// The kernels for one type of activations and one format of weights.
+struct LinearKernels {
   void (*prepare_features)(const SkinnyLinear&, void* features);
   void (*linear_columns)(const SkinnyLinear&, const void* features, int64_t begin, int64_t end);
   void (*swiglu_columns)(const SkinnyLinear&, const void* features, int64_t begin, int64_t end);
+  void (*dequantize_rows)(const Dequantize&, int64_t begin, int64_t end);  // null for kPlain
+};
+
+// The kernels for one element type.
+struct TypedKernels {
+  LinearKernels linears[4];  // by WeightFormat
   void (*rms_norm_rows)(const RowNorm&, int64_t begin, int64_t end);
   void (*silu_mul_rows)(const SiluMul&, int64_t begin, int64_t end);
   void (*residual_rows)(const ResidualRows&, int64_t begin, int64_t end);
@@ -104,6 +120,10 @@ struct TypedKernels {
   void (*column_stats)(const GramInput&, const int64_t* tokens, int64_t count, float* sums,
                        float* squares);  // += Σ x, Σ x² per column
   void (*pack)(const GramChunk&, int64_t block);
+
+  const LinearKernels& operator[](WeightFormat format) const {
+    return linears[static_cast<int>(format)];
+  }
 };
 
 struct CpuKernels {

@@ -8,11 +8,24 @@
 namespace nbl {
 namespace NBL_ISA {
 
+template <class T, class W>
+constexpr LinearKernels linear_kernels() {
+  LinearKernels kernels{prepare_features<T, W>, linear_columns<T, W>, swiglu_columns<T, W>,
+                        nullptr};
+  if constexpr (!std::is_same_v<T, W>) kernels.dequantize_rows = dequantize_rows<T, W>;
+  return kernels;
+}
+
 template <class T>
 constexpr TypedKernels typed_kernels() {
-  return {prepare_features<T>, linear_columns<T>, swiglu_columns<T>,
-          rms_norm_rows<T>,    silu_mul_rows<T>,  residual_rows<T>,
-          rope_append<T>,      column_stats<T>,   pack<T>};
+  return {{linear_kernels<T, T>(), linear_kernels<T, int8_t>(), linear_kernels<T, float8_e4m3>(),
+           linear_kernels<T, int4_group>()},
+          rms_norm_rows<T>,
+          silu_mul_rows<T>,
+          residual_rows<T>,
+          rope_append<T>,
+          column_stats<T>,
+          pack<T>};
 }
 
 inline CpuKernels make_table(const char* name) {

@@ -1,0 +1,400 @@
+"""Weights in 8 and 4 bits: their rounding, their layout, and the linears that read them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tolerance import max_error
+from torch.nn import functional as F
+
+import nbl_kernels as nk
+from nbl_kernels import _C, _ops
+
+FORMATS = ["int8", "fp8", "int4"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-6
+
+
+@pytest.fixture(params=_C.cpu_capabilities())
+def capability(request):
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability("")
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + 17 * len(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+# --- rounding and layout -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("n, k", [(5, 128), (3, 300), (1, 1), (70, 37)])
+def test_every_weight_is_rounded_to_the_nearest(dtype, n, k):
+    w = make(n, k, dtype=dtype)
+    exact = w.float().double()
+
+    numbers, scale = nk.quantize(w, "int8")
+    assert numbers.dtype == torch.int8 and numbers.shape == (n, k) and scale.shape == (n,)
+    assert numbers.abs().amax(1).eq(127).all()
+    off = (nk.dequantize(numbers, scale, k, torch.float64) - exact).abs()
+    assert (off <= scale.double()[:, None] * (0.5 + 1e-5)).all()
+
+    numbers, scale = nk.quantize(w, "fp8")
+    assert numbers.dtype == torch.float8_e4m3fn and scale.shape == (n,)
+    assert numbers.float().abs().amax(1).eq(448).all()
+    off = (nk.dequantize(numbers, scale, k, torch.float64) - exact).abs()
+    step = torch.maximum(exact.abs() / 8, scale.double()[:, None] * 2.0**-9)  # spacing, or more
+    assert (off <= step * (0.5 + 1e-5)).all()
+
+    numbers, scale = nk.quantize(w, "int4")
+    groups = -(-k // 128)
+    assert numbers.dtype == torch.uint8 and numbers.shape == (n, 64 * groups)
+    assert scale.dtype == torch.bfloat16 and scale.shape == (n, groups)
+    off = nk.dequantize(numbers, scale, k, torch.float64) - exact
+    for g in range(groups):
+        columns = slice(128 * g, 128 * g + 128)
+        s = scale[:, g : g + 1].double()
+        q = (exact[:, columns] / s).round()
+        inside = (q >= -8) & (q <= 7)
+        assert (off[:, columns].abs() <= s.abs() * (0.5 + 1e-6))[inside].all()
+        # No worse than the plain choice, which clips nothing.
+        plain = (exact[:, columns].abs().amax(1, keepdim=True) / 7).bfloat16().double()
+        rounded = (exact[:, columns] / plain).round().clamp(-8, 7) * plain
+        best = (rounded - exact[:, columns]).square().sum(1)
+        assert (off[:, columns].square().sum(1) <= best * 1.05).all()
+        assert (inside.double().mean(1) > 0.9).all()
+
+
+def test_clipping_pays_where_one_weight_is_far_outside():
+    w = make(4, 128)
+    w[:, 7] = 6.0
+    values = nk.dequantize(*nk.quantize(w, "int4"), 128, torch.float32)
+    plain = w.abs().amax(1, keepdim=True) / 7
+    unclipped = ((w / plain).round() * plain - w).square().sum(1)
+    assert ((values - w).square().sum(1) < 0.9 * unclipped).all()
+
+
+def test_int4_bytes_are_laid_out_as_the_module_says():
+    k = 300
+    numbers, scale = nk.quantize(make(3, k), "int4")
+    words = numbers.numpy().view("<u2").reshape(3, 3, 32)
+    value = np.zeros((3, 3 * 128))
+    for column in range(3 * 128):
+        g, s, j = column // 128, column % 128 // 32, column % 32
+        nibble = (words[:, g, j] >> (4 * s)) & 15
+        value[:, column] = (nibble.astype(int) - 8) * scale[:, g].double().numpy()
+    assert (value[:, k:] == 0).all()
+    assert np.array_equal(value[:, :k], nk.dequantize(numbers, scale, k, torch.float64).numpy())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_exact_stays_exact(format):
+    levels = {"int8": torch.arange(-127, 128), "int4": torch.arange(-8, 8)}
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    row = levels.get(format, codes[codes.isfinite()]).float()
+    w = torch.stack([row, row * 2.0**-10, torch.zeros_like(row)])
+    numbers, scale = nk.quantize(w, format)
+    assert torch.equal(nk.dequantize(numbers, scale, len(row), torch.float32), w)
+    if format != "int4":
+        assert torch.equal(numbers[0].float(), row)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_empty_and_strided_weights(format):
+    for n, k in [(0, 5), (4, 0), (0, 0)]:
+        numbers, scale = nk.quantize(torch.zeros(n, k), format)
+        assert nk.dequantize(numbers, scale, k, torch.float32).shape == (n, k)
+    w = make(40, 60)
+    for a, b in zip(nk.quantize(w.T, format), nk.quantize(w.T.contiguous(), format)):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_cannot_be_quantized_is_refused(format):
+    for bad in (float("nan"), float("inf")):
+        w = make(9, 30)
+        w[6, 3] = bad
+        with pytest.raises(ValueError, match="weight: expected finite values, row 6"):
+            nk.quantize(w, format)
+    with pytest.raises(ValueError, match="expected 2 dimensions"):
+        nk.quantize(torch.randn(3), format)
+    with pytest.raises(TypeError, match=r"floating-point tensor, got torch.int8"):
+        nk.quantize(torch.zeros(3, 3, dtype=torch.int8), format)
+    with pytest.raises(ValueError, match="format: expected one of int8, fp8, int4, got 'int3'"):
+        nk.quantize(torch.randn(3, 3), "int3")
+    numbers, scale = nk.quantize(torch.randn(3, 200), format)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        nk.dequantize(numbers, scale, 300, torch.float32)
+    with pytest.raises(ValueError, match="weight_scale must be"):
+        nk.dequantize(numbers, scale[:2], 200, torch.float32)
+
+
+# --- the linears ---------------------------------------------------------------------------------
+
+
+def plain_residual_linear(x, weight, scale, bias, residual, norm_weight):
+    weight = nk.dequantize(weight, scale, x.shape[-1], x.dtype)
+    f = x if norm_weight is None else F.rms_norm(x, x.shape[-1:], norm_weight, EPS)
+    return (x if residual is None else residual) + F.linear(f, weight, bias)
+
+
+def plain_norm_linear(x, norm_weight, weight, scale, bias):
+    weight = nk.dequantize(weight, scale, x.shape[-1], x.dtype)
+    return F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, EPS), weight, bias)
+
+
+def plain_norm_swiglu(x, norm_weight, weight, scale):
+    weight = nk.dequantize(weight, scale, x.shape[-1], x.dtype)
+    f = F.rms_norm(x, x.shape[-1:], norm_weight, EPS)
+    gate, up = F.linear(f, weight).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def assert_as_exact_as_torch(actual, plain_fn, inputs):
+    """At most twice the error of PyTorch on dequantized weights; activations are the tensors of
+    actual's dtype."""
+    is_activation = [t is not None and t.dtype == actual.dtype for t in inputs]
+    # float32 scales stay what they are: only what PyTorch computes with becomes float64
+    scale = next(i for i, t in enumerate(inputs) if t is not None and nk.quantization.format_of(t))
+    is_activation[scale + 1] = False
+    exact = plain_fn(*(t.double() if a else t for t, a in zip(inputs, is_activation)))
+    plain = plain_fn(*inputs)
+    assert actual.shape == plain.shape and actual.dtype == plain.dtype
+    rounding = torch.finfo(plain.dtype).eps / 2 * exact.abs().max().item() if exact.numel() else 0
+    allowed = 2 * max(max_error(plain, exact), rounding)
+    assert max_error(actual, exact) <= allowed, (max_error(actual, exact), allowed)
+
+
+SHAPES = [
+    (1, 256, 64),
+    (3, 72, 40),
+    (16, 384, 33),
+    (17, 200, 96),
+    (2, 1, 2),
+    (5, 37, 38),
+    (1, 1031, 130),
+    (7, 129, 100),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, k, n", SHAPES)
+def test_linears(capability, format, dtype, m, k, n):
+    x, gamma = make(m, k, dtype=dtype), make(k, dtype=dtype)
+    bias, residual = make(n, dtype=dtype), make(m, n, dtype=dtype)
+    weight, scale = nk.quantize(make(n, k, scale=k**-0.5), format)
+    actual = nk.residual_linear(x, weight, bias, residual, weight_scale=scale)
+    inputs = [x, weight, scale, bias, residual, None]
+    assert_as_exact_as_torch(actual, plain_residual_linear, inputs)
+    options = {"norm_weight": gamma, "norm_eps": EPS, "weight_scale": scale}
+    actual = nk.residual_linear(x, weight, None, residual, **options)
+    inputs = [x, weight, scale, None, residual, gamma]
+    assert_as_exact_as_torch(actual, plain_residual_linear, inputs)
+    actual = nk.norm_linear(x, gamma, weight, bias, norm_eps=EPS, weight_scale=scale)
+    assert_as_exact_as_torch(actual, plain_norm_linear, [x, gamma, weight, scale, bias])
+    weight, scale = nk.quantize(make(2 * n, k, scale=k**-0.5), format)
+    actual = nk.norm_swiglu(x, gamma, weight, norm_eps=EPS, weight_scale=scale)
+    assert_as_exact_as_torch(actual, plain_norm_swiglu, [x, gamma, weight, scale])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [*range(1, 18), 40])
+def test_every_number_of_rows(capability, format, m):
+    k, n = 264, 46
+    for dtype in (torch.bfloat16, torch.float32):
+        x, bias = make(m, k, dtype=dtype), make(n, dtype=dtype)
+        residual, gamma = make(m, n, dtype=dtype), make(k, dtype=dtype)
+        weight, scale = nk.quantize(make(n, k, scale=k**-0.5), format)
+        options = {"norm_weight": gamma, "norm_eps": EPS, "weight_scale": scale}
+        actual = nk.residual_linear(x, weight, bias, residual, **options)
+        inputs = [x, weight, scale, bias, residual, gamma]
+        assert_as_exact_as_torch(actual, plain_residual_linear, inputs)
+        actual = nk.norm_swiglu(x, gamma, weight, norm_eps=EPS, weight_scale=scale)
+        assert_as_exact_as_torch(actual, plain_norm_swiglu, [x, gamma, weight, scale])
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_every_fp8_number_means_what_pytorch_says(capability, m):
+    """Subnormals and NaN too: one weight each, times one."""
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
+    for dtype in DTYPES:
+        x, zero = torch.ones(m, 1, dtype=dtype), torch.zeros(m, 256, dtype=dtype)
+        out = nk.residual_linear(x, weight, None, zero, weight_scale=torch.ones(256))
+        expected = weight.to(dtype).T.expand(m, 256)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [1, 5, 30])
+def test_strided_weights_equal_contiguous_ones(capability, format, m):
+    k, n = 200, 24
+    weight, scale = nk.quantize(make(2 * n, k), format)
+    x, residual = make(m, k, dtype=torch.bfloat16), make(m, n, dtype=torch.bfloat16)
+    views = [
+        (weight[::2], scale[::2]),
+        (weight[n:], scale[n:]),
+        (weight.T.contiguous().T[:n], scale.clone()[:n]),
+    ]
+    for w, s in views:
+        dense = nk.residual_linear(x, w.contiguous(), None, residual, weight_scale=s.contiguous())
+        assert torch.equal(nk.residual_linear(x, w, None, residual, weight_scale=s), dense)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_rows_and_no_features(capability, format):
+    weight, scale = nk.quantize(make(4, 40), format)
+    x, gamma = torch.zeros(2, 0, 40), torch.ones(40)
+    assert nk.norm_linear(x, gamma, weight, weight_scale=scale).shape == (2, 0, 4)
+    assert nk.norm_swiglu(x, gamma, weight, weight_scale=scale).shape == (2, 0, 2)
+    weight, scale = nk.quantize(torch.zeros(4, 0), format)
+    for m in (2, 40):
+        residual = torch.randn(m, 4)
+        out = nk.residual_linear(torch.zeros(m, 0), weight, None, residual, weight_scale=scale)
+        assert torch.equal(out, residual)
+    weight, scale = nk.quantize(torch.zeros(0, 8), format)
+    assert nk.norm_linear(torch.ones(3, 8), torch.ones(8), weight, weight_scale=scale).shape == (
+        3,
+        0,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [1, 9, 33])
+def test_non_finite_values_stay_in_their_row(capability, format, m):
+    weight, scale = nk.quantize(make(16, 200), format)
+    x, zero = make(m, 200, dtype=torch.bfloat16), torch.zeros(m, 16, dtype=torch.bfloat16)
+    clean = nk.residual_linear(x, weight, None, zero, weight_scale=scale)
+    x[0, 5] = float("nan")
+    out = nk.residual_linear(x, weight, None, zero, weight_scale=scale)
+    assert out[0].isnan().all()
+    assert torch.equal(out[1:], clean[1:])
+
+
+def test_errors_name_the_argument():
+    x, int8, int4 = (
+        torch.randn(2, 200),
+        nk.quantize(torch.randn(200, 200), "int8"),
+        nk.quantize(torch.randn(200, 200), "int4"),
+    )
+    cases = [
+        ((int8[0], None), "weight_scale must be given for a weight of dtype int8"),
+        ((int4[0], None), "weight_scale must be given for a weight of dtype uint8"),
+        ((torch.randn(200, 200), int8[1]), "weight_scale must be None for a weight in the dtype"),
+        ((int8[0][:, :9], int8[1]), r"weight must have shape \(N, 200\)"),
+        ((int4[0][:, :9], int4[1]), r"weight must have shape \(N, 128\), 64 bytes for every 128"),
+        ((int8[0], int8[1][:3]), r"weight_scale must have shape \(200,\), got \(3\)"),
+        ((int4[0], int4[1][:, :1]), r"weight_scale must have shape \(200, 2\)"),
+        ((int8[0], int8[1].half()), "weight_scale must be float32 for a weight of dtype int8"),
+        ((int4[0], int4[1].float()), "weight_scale must be bfloat16 for a weight of dtype uint8"),
+        ((int8[0].int(), int8[1]), "weight must have the dtype of x"),
+    ]
+    for (weight, scale), message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            nk.residual_linear(x, weight, weight_scale=scale)
+    with pytest.raises(RuntimeError, match="gate_up_weight must have an even number of rows"):
+        nk.norm_swiglu(x, torch.ones(200), int8[0][:7], weight_scale=int8[1][:7])
+    with pytest.raises(TypeError, match=r"weight_scale must be a tensor or an array.*got list"):
+        nk.residual_linear(x.numpy(), int8[0].numpy(), weight_scale=[1.0])
+
+
+def op_samples(format):
+    x, g = make(3, 150), make(150)
+    weight, scale = nk.quantize(make(150, 150), format)
+    return {
+        "residual_linear": (x, weight, make(150), None, g, 1e-6, scale),
+        "norm_linear": (x, g, weight, None, 1e-6, scale),
+        "norm_swiglu": (x, g, weight, 1e-6, scale),
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["residual_linear", "norm_linear", "norm_swiglu"])
+def test_opcheck(format, name):
+    sample = op_samples(format)[name]
+    tests = [
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    ]
+    if format == "fp8":  # compares inputs before and after by arithmetic that PyTorch lacks
+        tests.remove("test_schema")
+    op = getattr(torch.ops.nbl, name).default
+    inference = getattr(torch.ops.nbl, f"{name}_inference").default
+    leaves = list(sample)
+    leaves[0] = sample[0].clone().requires_grad_()
+    for function, arguments in [(inference, sample), (op, sample), (op, leaves)]:
+        torch.library.opcheck(function, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients_are_those_of_the_dequantized_weight(format):
+    weight, scale = nk.quantize(make(48, 48, scale=0.2), format)
+    dense = nk.dequantize(weight, scale, 48, torch.float32)
+    grads = []
+    for options in ({"weight": weight, "weight_scale": scale}, {"weight": dense}):
+        x, b, g = (t.requires_grad_() for t in (make(5, 48), make(48), make(48)))
+        h = nk.residual_linear(x, bias=b, norm_weight=g, **options)
+        y = nk.norm_linear(h, g, **options).square().sum()
+        gate_up = {("gate_up_weight" if n == "weight" else n): t for n, t in options.items()}
+        y = y + nk.norm_swiglu(h, g, **gate_up).square().sum()
+        grads.append(torch.autograd.grad(y, (x, b, g)))
+    for a, e in zip(*grads):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_compiles_without_graph_breaks(format):
+    g = make(150)
+    weight, scale = nk.quantize(make(150, 150, scale=0.1), format)
+    gate_up, gate_up_scale = nk.quantize(make(300, 150, scale=0.1), format)
+
+    def layer(x):
+        h = nk.residual_linear(x, weight, norm_weight=g, weight_scale=scale)
+        y = nk.norm_swiglu(h, g, gate_up, weight_scale=gate_up_scale)
+        y = nk.residual_linear(y, weight, None, h, weight_scale=scale)
+        return y + nk.norm_linear(x, g, weight, weight_scale=scale)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (1, 5, 40):
+        torch.testing.assert_close(compiled(make(m, 150)), layer(make(m, 150)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_devices_without_kernels_run_plain_torch(format):
+    """What CUDA (for now), MPS, … get: the composite implementation, called on CPU tensors."""
+    for name, sample in op_samples(format).items():
+        composite = getattr(_ops, f"_{name}")(*sample)
+        torch.testing.assert_close(composite, getattr(torch.ops.nbl, name)(*sample))
+
+
+def test_numpy_arrays():
+    x, (weight, scale) = make(2, 40), nk.quantize(make(40, 40), "int8")
+    out = nk.residual_linear(x.numpy(), weight.numpy(), weight_scale=scale.numpy())
+    assert isinstance(out, np.ndarray)
+    assert np.array_equal(out, nk.residual_linear(x, weight, weight_scale=scale).numpy())
+
+
+def test_results_do_not_depend_on_threads():
+    x, g, threads = (
+        make(3, 300, dtype=torch.bfloat16),
+        make(300).bfloat16(),
+        torch.get_num_threads(),
+    )
+    for format in FORMATS:
+        weight, scale = nk.quantize(make(700, 300), format)
+        outs = []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                outs.append(nk.norm_linear(x, g, weight, weight_scale=scale))
+                outs.append(nk.norm_linear(x.repeat(9, 1), g, weight, weight_scale=scale)[:3])
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(out, outs[i % 2]) for i, out in enumerate(outs))
