@@ -190,7 +190,8 @@ def cpu_extension():
             "-std=c++17",
             "-fvisibility=hidden",
             "-Wall",
-            "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 headers
+            "-Wno-maybe-uninitialized",  # both: GCC 12's own AVX-512 headers
+            "-Wno-uninitialized",
         ],
     )
 

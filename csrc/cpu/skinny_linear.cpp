@@ -1,8 +1,8 @@
 // residual_linear, norm_linear, norm_swiglu on the CPU: checks, then the fused kernels for few rows
-// (decode) or ATen's matrix product between our normalization and epilogue for many (prefill).
+// (decode: skinny_linear.h) or many (prefill: wide_linear.h), or for many ATen's matrix product
+// between our normalization and epilogue.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include <limits>
 #include <memory>
 
 #include "dispatch.h"
@@ -14,22 +14,24 @@ namespace {
 // Below this much weight a second thread costs more than it brings.
 constexpr int64_t kBytesPerThread = 1 << 15;
 constexpr int64_t kElementsPerThread = 1 << 15;  // the same for a pass over activations
-constexpr int64_t kSlabBytes = 4 << 20;          // of a weight that is dequantized for many rows
 
-// Rows of x up to which passes over the weight, kSkinnyRows at a time, beat ATen's matrix product,
-// as measured by benchmarks/test_linear.py: ATen has no fast float16 product at all, and its
-// float32 product needs many rows. Narrower registers were not measured.
+// Rows of x up to which passes over the weight, kSkinnyRows at a time, beat a wide product, as
+// measured by benchmarks/test_linear.py: ATen's in float32 needs many rows. Narrower registers were
+// not measured.
 int64_t most_skinny_rows(const CpuKernels& isa, DType dtype) {
   const bool avx512 = std::string(isa.name).rfind("avx512", 0) == 0;
-  if (avx512 && dtype == DType::kFloat16) return std::numeric_limits<int64_t>::max();
-  if (avx512 && dtype == DType::kFloat32) return 4 * kSkinnyRows;
-  return kSkinnyRows;
+  return avx512 && dtype == DType::kFloat32 ? 4 * kSkinnyRows : kSkinnyRows;
 }
 
-// One pass over the weight for rows [first, first + m), m <= kSkinnyRows.
-void run_skinny(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m) {
-  const CpuKernels& isa = cpu_kernels();
-  const LinearKernels& kernels = isa[kernel_dtype(a.op, "x", a.x)][weight_format(a)];
+// Whether the wide product is ours, not ATen's: ATen is fast in float32, and in 16 bits only on
+// processors that multiply bf16; it knows no quantized weights.
+bool wide_is_ours(const CpuKernels& isa, DType dtype, WeightFormat format) {
+  const bool portable = std::string(isa.name) == "portable";
+  return format != WeightFormat::kPlain || (dtype != DType::kFloat32 && !portable);
+}
+
+// The problem for rows [first, first + m) of x.
+SkinnyLinear rows_of(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m) {
   const int64_t element = static_cast<int64_t>(a.x.element_size());
   const auto row = [&](const void* p, int64_t stride) {
     return static_cast<const char*>(p) + first * stride * element;
@@ -52,15 +54,30 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m
   }
   p.out_stride = p.n;
   p.out = const_cast<char*>(row(out.mutable_data_ptr(), p.out_stride));
+  return p;
+}
 
-  // Features in cache-line aligned memory of this thread, kept between calls.
-  thread_local std::vector<char> scratch;
-  const int64_t bytes = m * ((p.k + 127) / 128 * 128 + 32) * int64_t{sizeof(float)};
-  if (static_cast<int64_t>(scratch.size()) < bytes + 64) scratch.resize(bytes + 64);
-  void* features = scratch.data();
-  size_t space = scratch.size();
-  std::align(64, bytes, features, space);
-  kernels.prepare_features(p, features);
+// At least `bytes` of cache-line aligned memory, kept between calls.
+void* aligned(std::vector<char>& memory, int64_t bytes) {
+  if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
+  void* start = memory.data();
+  size_t space = memory.size();
+  return std::align(64, bytes, start, space);
+}
+
+// Memory for the features of m rows, of the calling thread.
+void* feature_memory(int64_t m, int64_t k) {
+  thread_local std::vector<char> memory;
+  return aligned(memory, m * ((k + 127) / 128 * 128 + 32) * int64_t{sizeof(float)});
+}
+
+// One pass over the weight for rows [first, first + m), m <= kSkinnyRows.
+void run_skinny(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m) {
+  const CpuKernels& isa = cpu_kernels();
+  const LinearKernels& kernels = isa[kernel_dtype(a.op, "x", a.x)][weight_format(a)];
+  const SkinnyLinear p = rows_of(a, out, first, m);
+  void* features = feature_memory(m, p.k);
+  kernels.prepare_features(p, features, 0, m);
 
   const auto run = a.swiglu ? kernels.swiglu_columns : kernels.linear_columns;
   const int64_t weight_bytes = a.weight.size(1) * static_cast<int64_t>(a.weight.element_size());
@@ -68,6 +85,25 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m
   const int64_t grain = std::max<int64_t>(4, kBytesPerThread / row_bytes);
   torch::stable::parallel_for(0, p.n, grain,
                               [&](int64_t begin, int64_t end) { run(p, features, begin, end); });
+}
+
+// The same for m <= kWideRows, as kernels of the wide product.
+void run_wide(const LinearArgs& a, const Tensor& out, int64_t first, int64_t m) {
+  const CpuKernels& isa = cpu_kernels();
+  const TypedKernels& typed = isa[kernel_dtype(a.op, "x", a.x)];
+  const LinearKernels& kernels = typed[weight_format(a)];
+  const SkinnyLinear p = rows_of(a, out, first, m);
+  void* features = feature_memory(m + kSkinnyRows, p.k);  // up to a whole tile of rows
+  torch::stable::parallel_for(0, m, 4, [&](int64_t begin, int64_t end) {
+    typed[WeightFormat::kPlain].prepare_features(p, features, begin, end);
+  });
+  const auto run = a.swiglu ? kernels.wide_swiglu_columns : kernels.wide_linear_columns;
+  torch::stable::parallel_for(
+      0, (p.n + isa.panel - 1) / isa.panel, 1, [&](int64_t begin, int64_t end) {
+        thread_local std::vector<char> memory;
+        void* scratch = aligned(memory, kernels.wide_scratch_bytes(m, p.k));
+        run(p, features, scratch, begin * isa.panel, std::min(end * isa.panel, p.n));
+      });
 }
 
 Tensor normalized(const LinearArgs& a, int64_t m) {
@@ -91,46 +127,6 @@ Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   return tensor_from(stack[0]);
 }
 
-// sums (m, n) = features · weightᵀ + start, where start is sums itself or is broadcast to it.
-void add_product(const Tensor& sums, const Tensor& start, const Tensor& features,
-                 const Tensor& weight, double beta) {
-  const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(sums.get(), start.get(), features.get(), columns.get(), beta, 1.0));
-}
-
-// The same for a quantized weight, which is never there as a whole in the type of x: slabs of its
-// rows are, one after the other, in the last-level cache.
-void add_quantized_product(const LinearArgs& a, const Tensor& sums,
-                           const std::optional<Tensor>& start, const Tensor& features) {
-  const int64_t n = a.weight.size(0), k = a.x.size(-1);
-  const int64_t row_bytes = std::max<int64_t>(1, k * static_cast<int64_t>(a.x.element_size()));
-  const int64_t most = std::max<int64_t>(64, kSlabBytes / row_bytes / 64 * 64);
-  const int64_t slabs = (n + most - 1) / most;
-  Tensor memory = torch::stable::new_empty(a.x, {std::min(n, most), k});
-  Dequantize p{};
-  p.weight_stride = a.weight.stride(0);
-  p.out = memory.mutable_data_ptr();
-  p.k = k;
-  const LinearKernels& kernels = cpu_kernels()[kernel_dtype(a.op, "x", a.x)][weight_format(a)];
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, k));
-  for (int64_t slab = 0; slab < slabs; ++slab) {
-    const int64_t first = slab * most, rows = std::min(most, n - first);
-    const auto from = [&](Tensor t, int64_t dim) {
-      return torch::stable::narrow(t, dim, first, rows);
-    };
-    p.weight = from(a.weight, 0).const_data_ptr();
-    const Tensor scale = from(*a.weight_scale, 0);
-    p.weight_scale = scale.const_data_ptr();
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      kernels.dequantize_rows(p, begin, end);
-    });
-    const Tensor out = from(sums, 1);
-    add_product(out, start ? from(*start, start->dim() - 1) : out, features,
-                torch::stable::narrow(memory, 0, 0, rows), start ? 1.0 : 0.0);
-  }
-}
-
 // out = residual + bias first; then ATen adds the product to it: no pass over the product.
 Tensor add_linear(const LinearArgs& a, const Tensor& features, int64_t m) {
   const int64_t n = a.weight.size(0);
@@ -144,27 +140,17 @@ Tensor add_linear(const LinearArgs& a, const Tensor& features, int64_t m) {
   if (m == 0 || n == 0) return out;
   const Tensor sums = torch::stable::view(out, {m, n});
   const Tensor rows = torch::stable::reshape(features, {m, features.size(-1)});
-  if (weight_format(a) == WeightFormat::kPlain)
-    add_product(sums, sums, rows, a.weight, 1.0);
-  else
-    add_quantized_product(a, sums, sums, rows);
+  const Tensor columns = torch::stable::transpose(a.weight, 0, 1);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(sums.get(), sums.get(), rows.get(), columns.get(), 1.0, 1.0));
   return out;
 }
 
-Tensor linear(const LinearArgs& a, const Tensor& features, int64_t m) {
-  if (weight_format(a) == WeightFormat::kPlain) return aten_linear(features, a.weight, a.bias);
-  const int64_t n = a.weight.size(0);
-  const Tensor out = empty_like_rows(a.x, n);
-  if (m == 0 || n == 0) return out;
-  add_quantized_product(a, torch::stable::view(out, {m, n}), a.bias,
-                        torch::stable::reshape(features, {m, features.size(-1)}));
-  return out;
-}
-
-Tensor run_wide(const LinearArgs& a, int64_t m) {
+// The wide product by ATen, between our normalization and epilogue.
+Tensor run_aten(const LinearArgs& a, int64_t m) {
   const Tensor features = a.norm_weight ? normalized(a, m) : a.x;
   if (a.residual) return add_linear(a, features, m);
-  const Tensor product = linear(a, features, m);
+  const Tensor product = aten_linear(features, a.weight, a.bias);
   if (!a.swiglu) return product;
   const int64_t n = product.size(-1) / 2;
   const Tensor out = empty_like_rows(a.x, n);
@@ -179,14 +165,16 @@ Tensor run(LinearArgs a) {
   validate(a);
   make_rows_contiguous(a);
   const int64_t m = product_of_leading(a.x);
-  const int64_t n = a.weight.size(0) / (a.swiglu ? 2 : 1);
-  if (m > most_skinny_rows(cpu_kernels(), kernel_dtype(a.op, "x", a.x))) return run_wide(a, m);
-  Tensor out = empty_like_rows(a.x, n);
-  if (n == 0) return out;
-  const int64_t passes = (m + kSkinnyRows - 1) / kSkinnyRows;
+  const DType dtype = kernel_dtype(a.op, "x", a.x);
+  const bool wide = m > most_skinny_rows(cpu_kernels(), dtype);
+  if (wide && !wide_is_ours(cpu_kernels(), dtype, weight_format(a))) return run_aten(a, m);
+  const Tensor out = empty_like_rows(a.x, a.weight.size(0) / (a.swiglu ? 2 : 1));
+  if (out.size(-1) == 0) return out;
+  const int64_t most = wide ? kWideRows : kSkinnyRows;
+  const int64_t passes = (m + most - 1) / most;  // over the weight, in equal numbers of rows
   for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t first = m * pass / passes;
-    run_skinny(a, out, first, m * (pass + 1) / passes - first);
+    const int64_t first = m * pass / passes, rows = m * (pass + 1) / passes - first;
+    wide ? run_wide(a, out, first, rows) : run_skinny(a, out, first, rows);
   }
   return out;
 }

@@ -14,9 +14,10 @@
 namespace nbl {
 
 constexpr int64_t kSkinnyRows = 16;  // rows of x that the skinny kernels take
+constexpr int64_t kWideRows = 512;   // and the wide ones, at a time
 
 struct SkinnyLinear {
-  const void* x;  // (m, k), m <= kSkinnyRows
+  const void* x;  // (m, k), m <= kSkinnyRows, or kWideRows
   int64_t x_stride;
   const void* norm_weight;  // (k), or null: no normalization
   float norm_eps;
@@ -29,15 +30,6 @@ struct SkinnyLinear {
   void* out;  // (m, n)
   int64_t out_stride;
   int64_t m, n, k;
-};
-
-// A quantized weight in the type of the activations: for many rows of x.
-struct Dequantize {
-  const void* weight;  // as in SkinnyLinear
-  int64_t weight_stride;
-  const void* weight_scale;
-  void* out;  // (n, k), contiguous
-  int64_t k;
 };
 
 struct RowNorm {
@@ -104,10 +96,15 @@ struct GramJob {
 
 // The kernels for one type of activations and one format of weights.
 struct LinearKernels {
-  void (*prepare_features)(const SkinnyLinear&, void* features);
+  void (*prepare_features)(const SkinnyLinear&, void* features, int64_t begin, int64_t end);
   void (*linear_columns)(const SkinnyLinear&, const void* features, int64_t begin, int64_t end);
   void (*swiglu_columns)(const SkinnyLinear&, const void* features, int64_t begin, int64_t end);
-  void (*dequantize_rows)(const Dequantize&, int64_t begin, int64_t end);  // null for kPlain
+  // For many rows, with the features of kPlain and scratch memory of each thread's own.
+  void (*wide_linear_columns)(const SkinnyLinear&, const void* features, void* scratch,
+                              int64_t begin, int64_t end);
+  void (*wide_swiglu_columns)(const SkinnyLinear&, const void* features, void* scratch,
+                              int64_t begin, int64_t end);
+  int64_t (*wide_scratch_bytes)(int64_t m, int64_t k);
 };
 
 // The kernels for one element type.

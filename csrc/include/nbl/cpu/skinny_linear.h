@@ -336,11 +336,11 @@ void prepare_row(const T* x, int64_t k, int64_t padded, const T* norm_weight, fl
 }
 
 template <class T, class W>
-void prepare_features(const SkinnyLinear& p, void* features) {
+void prepare_features(const SkinnyLinear& p, void* features, int64_t begin, int64_t end) {
   using D = DotOf<T, W>;
   using Feature = typename D::Feature;
   const int64_t padded = padded_k<D>(p.k);
-  for (int64_t i = 0; i < p.m; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     prepare_row(static_cast<const T*>(p.x) + i * p.x_stride, p.k, padded,
                 static_cast<const T*>(p.norm_weight), p.norm_eps,
                 static_cast<Feature*>(features) + i * padded);
@@ -503,34 +503,6 @@ void swiglu_columns(const SkinnyLinear& p, const void* prepared, int64_t begin, 
         }
       }
       for (int64_t n = 0; n < count; ++n) out[n] = from_float<T>(silu(gates[n]) * ups[n]);
-    }
-  }
-}
-
-// Rows [begin, end) of the weight, each rounded once to T.
-template <class T, class W>
-void dequantize_rows(const Dequantize& p, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; ++n) {
-    T* out = static_cast<T*>(p.out) + n * p.k;
-    if constexpr (kRowScale<W>) {
-      const W* row = static_cast<const W*>(p.weight) + n * p.weight_stride;
-      const Vec scale = Vec::broadcast(static_cast<const float*>(p.weight_scale)[n]);
-      int64_t k = 0;
-      for (; k + Vec::kWidth <= p.k; k += Vec::kWidth) (Vec::load(row + k) * scale).store(out + k);
-      if (k < p.k) store_partial(load_partial(row + k, p.k - k) * scale, out + k, p.k - k);
-    } else {
-      using D = Dot<float, W>;
-      const Int4Row row = int4_row(p.weight, p.weight_stride, p.weight_scale, p.k, n);
-      for (int64_t k = 0; k < p.k; k += D::kStep) {
-        const auto w = D::load_weights(row, k);
-        for (int i = 0; i < D::kVecs; ++i) {
-          const int64_t first = k + i * Vec::kWidth, left = p.k - first;
-          if (left >= Vec::kWidth)
-            w.v[i].store(out + first);
-          else if (left > 0)
-            store_partial(w.v[i], out + first, left);
-        }
-      }
     }
   }
 }

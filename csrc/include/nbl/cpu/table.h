@@ -4,16 +4,15 @@
 #include "gram.h"
 #include "rope.h"
 #include "skinny_linear.h"
+#include "wide_linear.h"
 
 namespace nbl {
 namespace NBL_ISA {
 
 template <class T, class W>
 constexpr LinearKernels linear_kernels() {
-  LinearKernels kernels{prepare_features<T, W>, linear_columns<T, W>, swiglu_columns<T, W>,
-                        nullptr};
-  if constexpr (!std::is_same_v<T, W>) kernels.dequantize_rows = dequantize_rows<T, W>;
-  return kernels;
+  return {prepare_features<T, W>,    linear_columns<T, W>,      swiglu_columns<T, W>,
+          wide_linear_columns<T, W>, wide_swiglu_columns<T, W>, wide_scratch_bytes<T, W>};
 }
 
 template <class T>
