@@ -112,9 +112,7 @@ def assert_exact(actual: Tensor, torch_function, inputs: list[Tensor | None]) ->
         on_cpu = (None if t is None else t.cpu() for t in inputs)
         return torch_function(*on_cpu).to(inputs[0].device)
 
-    # In float32 both errors are a few roundings, of which some thousand draws are compared here.
-    factor = 4.0 if actual.dtype == torch.float32 else 2.0
-    assert_as_exact_as_torch(actual, function, inputs, factor=factor)
+    assert_as_exact_as_torch(actual, function, inputs)
 
 
 def on_cpu(moments: nk.Moments) -> nk.Moments:

@@ -13,11 +13,14 @@ def max_error(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
-def assert_rounding_only(
-    actual: Tensor, plain: Tensor, exact: Tensor, *, factor: float = 2.0
-) -> None:
-    """`plain` is PyTorch's result in the same dtype, `exact` the float64 one."""
+def assert_rounding_only(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """`plain` is PyTorch's result in the same dtype, `exact` the float64 one.
+
+    Twice PyTorch's error; in float32 four times: there both errors are a few roundings that depend
+    on the order of the sums, and of thousands of draws some are further off than PyTorch's by luck.
+    """
     assert actual.shape == plain.shape and actual.dtype == plain.dtype
+    factor = 4 if plain.dtype is torch.float32 else 2
     # PyTorch can be right by luck: one rounding of the largest result is always granted.
     rounding = torch.finfo(plain.dtype).eps / 2 * exact.abs().max().item() if exact.numel() else 0
     allowed = factor * max(max_error(plain, exact), rounding)
@@ -25,8 +28,8 @@ def assert_rounding_only(
 
 
 def assert_as_exact_as_torch(
-    actual: Tensor, torch_fn: Callable, inputs: list[Tensor | None], *, factor: float = 2.0
+    actual: Tensor, torch_fn: Callable, inputs: list[Tensor | None]
 ) -> None:
     """`torch_fn(*inputs)` is PyTorch's way; the same on float64 inputs is the truth."""
     exact = torch_fn(*(None if t is None else t.double() for t in inputs))
-    assert_rounding_only(actual, torch_fn(*inputs), exact, factor=factor)
+    assert_rounding_only(actual, torch_fn(*inputs), exact)
