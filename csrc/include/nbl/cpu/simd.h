@@ -33,17 +33,13 @@ struct Vec {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
   }
   static Vec load(const float8_e4m3* p) {  // as to_float
-    const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f));
-    const __m512i sign = _mm512_slli_epi32(_mm512_xor_si512(bits, magnitude), 24);
-    __m512i value = _mm512_slli_epi32(magnitude, 20);
-    value = _mm512_add_epi32(value, _mm512_set1_epi32(0x3c000000));
-    const __m512 steps = _mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0x1p-9f));
-    const __mmask16 subnormal = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
-    value = _mm512_mask_mov_epi32(value, subnormal, _mm512_castps_si512(steps));
-    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
-    value = _mm512_mask_mov_epi32(value, nan, _mm512_set1_epi32(0x7fc00000));
-    return {_mm512_castsi512_ps(_mm512_or_si512(value, sign))};
+    // Its bits are those of a float16 2^8 times smaller, subnormals included, but for NaN.
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    __m256i bits = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbf80));
+    const __m256i negative = _mm256_or_si256(bits, _mm256_set1_epi16((short)0x8000));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(negative, _mm256_set1_epi16((short)0xbf80));
+    bits = _mm256_mask_add_epi16(bits, nan, bits, _mm256_set1_epi16(0x4000));
+    return {_mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(256.0f))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bfloat16* p) const {
@@ -96,17 +92,13 @@ struct Vec {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
   }
   static Vec load(const float8_e4m3* p) {  // as to_float
-    const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f));
-    const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(bits, magnitude), 24);
-    __m256i value = _mm256_slli_epi32(magnitude, 20);
-    value = _mm256_add_epi32(value, _mm256_set1_epi32(0x3c000000));
-    const __m256 steps = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
-    const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
-    value = _mm256_blendv_epi8(value, _mm256_castps_si256(steps), subnormal);
-    const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
-    value = _mm256_blendv_epi8(value, _mm256_set1_epi32(0x7fc00000), nan);
-    return {_mm256_castsi256_ps(_mm256_or_si256(value, sign))};
+    // Its bits are those of a float16 2^8 times smaller, subnormals included, but for NaN.
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+    __m128i bits = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbf80));
+    const __m128i negative = _mm_or_si128(bits, _mm_set1_epi16((short)0x8000));
+    const __m128i nan = _mm_cmpeq_epi16(negative, _mm_set1_epi16((short)0xbf80));
+    bits = _mm_add_epi16(bits, _mm_and_si128(nan, _mm_set1_epi16(0x4000)));
+    return {_mm256_mul_ps(_mm256_cvtph_ps(bits), _mm256_set1_ps(256.0f))};
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bfloat16* p) const { store_each(p); }

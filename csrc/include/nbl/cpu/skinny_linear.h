@@ -95,11 +95,11 @@ struct Dot<F, int4_group> {
     const __m512 table =
         _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7),
                       _mm512_set1_ps(scale));
-    const __m128i shift = _mm_cvtsi32_si128(4 * nibble);
+    const __m512i shift = _mm512_set1_epi32(4 * nibble);
     for (int i = 0; i < kVecs; ++i) {  // the look-up sees the lowest four bits only
       const __m512i wide =
           _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(words + 32 * i)));
-      w.v[i] = {_mm512_permutexvar_ps(_mm512_srl_epi32(wide, shift), table)};
+      w.v[i] = {_mm512_permutexvar_ps(_mm512_srlv_epi32(wide, shift), table)};
     }
 #elif defined(NBL_AVX2)
     const __m256 scales = _mm256_set1_ps(scale), zero = _mm256_set1_ps(-8.0f * scale);
