@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace nbl {
 namespace {
 
@@ -56,5 +60,18 @@ std::vector<std::string> supported_cpu_capabilities() {
 }
 
 void set_cpu_capability(const std::string& name) { selected().store(find(name)); }
+
+bool has_amx_bf16() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    constexpr unsigned kAmxBf16 = 1u << 22;  // of EDX; GCC 11 and clang 13 know no name for it
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) != 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
 
 }  // namespace nbl

@@ -23,11 +23,12 @@ int64_t most_skinny_rows(const CpuKernels& isa, DType dtype) {
   return avx512 && dtype == DType::kFloat32 ? 4 * kSkinnyRows : kSkinnyRows;
 }
 
-// Whether the wide product is ours, not ATen's: ATen is fast in float32, and in 16 bits only on
-// processors that multiply bf16; it knows no quantized weights.
+// Whether the wide product is ours, not ATen's: that is fast in float32, and in bf16 where there is
+// AMX (and, for all we know, where our registers are unknown); it knows no quantized weights.
 bool wide_is_ours(const CpuKernels& isa, DType dtype, WeightFormat format) {
-  const bool portable = std::string(isa.name) == "portable";
-  return format != WeightFormat::kPlain || (dtype != DType::kFloat32 && !portable);
+  if (format != WeightFormat::kPlain) return true;
+  if (dtype == DType::kFloat32 || std::string(isa.name) == "portable") return false;
+  return dtype == DType::kFloat16 || !has_amx_bf16();
 }
 
 // The problem for rows [first, first + m) of x.
