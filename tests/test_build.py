@@ -118,7 +118,7 @@ def test_paths_are_refused_by_name():
         with pytest.raises(RuntimeError, match="CUDA"):
             nk.set_cuda_path("gram", "hopper")
         return
-    with pytest.raises(RuntimeError, match=r"op must be linear, gram or solve, got lienar"):
+    with pytest.raises(RuntimeError, match=r"op must be linear, gram, solve or rope, got lienar"):
         nk.set_cuda_path("lienar", "plain")
     with pytest.raises(RuntimeError, match=r"the path of gram must be one of .*, got wgmma"):
         nk.set_cuda_path("gram", "wgmma")
@@ -128,9 +128,9 @@ def test_paths_are_refused_by_name():
 @pytest.mark.parametrize(
     "setting, expected",
     [
-        ("", {"linear": "plain", "gram": "plain", "solve": "plain"}),
-        ("all=kernel", {"linear": "kernel", "gram": "hopper", "solve": "kernel"}),
-        ("gram=cublas", {"linear": "plain", "gram": "cublas", "solve": "plain"}),
+        ("", {"linear": "plain", "gram": "plain", "solve": "plain", "rope": "plain"}),
+        ("all=kernel", {"linear": "kernel", "gram": "hopper", "solve": "kernel", "rope": "kernel"}),
+        ("gram=cublas", {"linear": "plain", "gram": "cublas", "solve": "plain", "rope": "plain"}),
     ],
 )
 def test_paths_of_the_environment(setting, expected):

@@ -6,6 +6,12 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
 #include "common.h"
 
 struct cublasContext;  // cublas_v2.h: its handle is a cublasContext*
@@ -77,5 +83,24 @@ inline const Device& device_properties(int index) {
 
 inline int compute_capability(int device) { return device_properties(device).compute_capability; }
 inline int sm_count(int device) { return device_properties(device).sm_count; }
+
+// Programmatic dependent launch, where the kernels that this device runs wait for their
+// predecessors: code compiled for less than sm_90 (or brought there as PTX) does not.
+// NBL_DEPENDENT_LAUNCH=0 turns it off. `device` is the current one, `kernel` any of ours: all are
+// compiled for the same list.
+inline bool dependent_launch(int device, const void* kernel) {
+  static const bool allowed = [] {
+    const char* text = std::getenv("NBL_DEPENDENT_LAUNCH");
+    return text == nullptr || std::string(text) != "0";
+  }();
+  static std::array<std::atomic<int>, kMostDevices> known{};  // 0: not yet, 1: no, 2: yes
+  std::atomic<int>& waits = known[device];
+  if (waits.load(std::memory_order_relaxed) == 0) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    waits.store(attributes.ptxVersion >= 90 ? 2 : 1, std::memory_order_relaxed);
+  }
+  return allowed && waits.load(std::memory_order_relaxed) == 2;
+}
 
 }  // namespace nbl

@@ -1,8 +1,6 @@
 // residual_linear, norm_linear, norm_swiglu on CUDA: checks, then the fused kernels for few rows
 // (decode) or cuBLASLt between our normalization and silu·up for many (prefill).
 #include <array>
-#include <atomic>
-#include <cstdlib>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -92,23 +90,9 @@ uint32_t* tile_counters(int device, cudaStream_t stream, int64_t count) {
   return counters;
 }
 
-// Programmatic dependent launch, where the kernels that this device runs wait for their
-// predecessors: code compiled for less than sm_90 (or brought there as PTX) does not.
-// NBL_DEPENDENT_LAUNCH=0 turns it off. `device` is the current one.
 bool dependent_launch(int device) {
-  static const bool allowed = [] {
-    const char* text = std::getenv("NBL_DEPENDENT_LAUNCH");
-    return text == nullptr || std::string(text) != "0";
-  }();
-  static std::array<std::atomic<int>, kMostDevices> known{};  // 0: not yet, 1: no, 2: yes
-  std::atomic<int>& waits = known[device];
-  if (waits.load(std::memory_order_relaxed) == 0) {
-    cudaFuncAttributes attributes{};  // of any kernel: all are compiled for the same list
-    check_cuda(cudaFuncGetAttributes(&attributes, rms_norm_rows<bfloat16, true>),
-               "cudaFuncGetAttributes");
-    waits.store(attributes.ptxVersion >= 90 ? 2 : 1, std::memory_order_relaxed);
-  }
-  return allowed && waits.load(std::memory_order_relaxed) == 2;
+  return nbl::dependent_launch(device,
+                               reinterpret_cast<const void*>(rms_norm_rows<bfloat16, true>));
 }
 
 // Whether every row can be read by 16 bytes at a time.
