@@ -17,6 +17,8 @@ import torch
 from test_covariance import assert_moments_exact, hard_tokens
 from test_linear import torch_norm_linear, torch_norm_swiglu, torch_residual_linear
 from test_lmmse import exact_moments, tokens
+from test_rope import SHAPES as ROPE_SHAPES
+from test_rope import assert_right, make_inputs
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
 
@@ -76,6 +78,7 @@ def paths(op: str, *names: str):
 linear_path = paths("linear", "kernel", "plain")
 gram_path = paths("gram", "hopper", "portable", "cublas", "plain")
 solve_path = paths("solve", "kernel", "plain")
+rope_path = paths("rope", "kernel", "plain")
 
 
 @pytest.fixture(autouse=True)
@@ -689,6 +692,215 @@ def test_solve_is_deterministic(solve_path):
     assert torch.equal(first.weight, again.weight) and torch.equal(first.nmse, again.nmse)
 
 
+# ---- Rotation and cache append ------------------------------------------------------------------
+
+
+def rope_inputs(*shape: int, dtype: torch.dtype, norm: bool = False) -> dict[str, Tensor]:
+    return {name: t.to(DEVICE) for name, t in make_inputs(*shape, dtype, norm).items()}
+
+
+def same_rope(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same bits from both, in q and in the caches."""
+    assert torch.equal(nk.rope_append(**actual), nk.rope_append(**expected))
+    for name in ("key_cache", "value_cache"):
+        assert torch.equal(actual[name], expected[name])
+
+
+def rope_copy(a: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in a.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [*ROPE_SHAPES, (3, 17, 32, 8, 128, 128), (2, 70, 5, 3, 80, 32), (1, 3, 2, 1, 640, 602)],
+    ids=str,
+)
+def test_rope_against_float64(rope_path, dtype, norm, shape):
+    a = rope_inputs(*shape, dtype=dtype, norm=norm)
+    poison(*shape[:3], shape[4], dtype=dtype)
+    assert_right(a)
+    a["slots"][0, ::2] = -1
+    assert_right(a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_rope_strided_and_unaligned(rope_path, dtype, offset):
+    """The same bits with and without 16-byte accesses, and nothing written beside the rows."""
+    dense = rope_inputs(2, 5, 4, 2, 64, 48, dtype=dtype, norm=True)
+
+    def apart(t: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.full((*t.shape[:-1], t.shape[-1] + 16), -7, dtype=t.dtype, device=DEVICE)
+        return rows, rows[..., offset : offset + t.shape[-1]].copy_(t)
+
+    for names in (dense.keys() - {"positions", "slots"}, {"qkv"}, {"key_cache"}, {"cos", "sin"}):
+        a = rope_copy(dense)
+        rows = {}
+        for name in names:
+            rows[name], a[name] = apart(a[name])
+        around = {name: (r == -7).sum() for name, r in rows.items()}
+        same_rope(a, rope_copy(dense))
+        assert all((r == -7).sum() == around[name] for name, r in rows.items())
+    for name in ("qkv", "key_cache", "value_cache"):  # other dimensions outermost
+        a = rope_copy(dense)
+        a[name] = a[name].transpose(1, 2).contiguous().transpose(1, 2)
+        same_rope(a, rope_copy(dense))
+
+
+def test_rope_broadcasts_positions_and_slots(rope_path):
+    a = rope_inputs(3, 4, 2, 1, 16, 16, dtype=torch.float32)
+    row, token = (torch.tensor(v, device=DEVICE) for v in ([4, 2, 7, 0], [[5], [0], [2]]))
+    for positions in (row, row[None], token):
+        for slots in (row, row[None], torch.tensor([-1], device=DEVICE)):
+            assert_right(a | {"positions": positions, "slots": slots})
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_tokens_out_of_range_give_nan_and_write_nothing(dtype):
+    """Of the kernel alone: PyTorch's operations would end the process."""
+    nk.set_cuda_path("rope", "kernel")
+    try:
+        clean = rope_inputs(2, 4, 3, 2, 64, 48, dtype=dtype, norm=True)
+        unwritten = rope_copy(clean)
+        unwritten["slots"][1, 2] = -1
+        q = nk.rope_append(**unwritten)
+        for name, value in (("positions", 19), ("positions", -1), ("slots", 9), ("slots", 2**62)):
+            a = rope_copy(clean)
+            a[name][1, 2] = value
+            bad = nk.rope_append(**a)
+            assert bad[1, :, 2].isnan().all()
+            bad[1, :, 2] = q[1, :, 2]
+            assert torch.equal(bad, q)
+            assert torch.equal(a["key_cache"], unwritten["key_cache"])
+            assert torch.equal(a["value_cache"], unwritten["value_cache"])
+    finally:
+        nk.set_cuda_path("rope", "auto")
+
+
+def test_rope_empty(rope_path):
+    for batch, length in [(0, 3), (2, 0)]:
+        a = rope_inputs(batch, length, 4, 2, 16, 16, dtype=torch.float32)
+        assert nk.rope_append(**a).shape == (batch, 4, length, 16)
+
+
+def test_rope_errors_name_the_argument(rope_path):
+    a = rope_inputs(2, 3, 4, 2, 16, 16, dtype=torch.float32)
+    cases = {
+        "key_cache must have shape": {"key_cache": a["key_cache"][:1]},
+        "value_cache must have the dtype of qkv": {"value_cache": a["value_cache"].half()},
+        "cos must be float32": {"cos": a["cos"].double()},
+        "slots must be int64": {"slots": a["slots"].int()},
+        "positions must broadcast": {"positions": a["positions"][:, :2]},
+    }
+    if ON_GPU:
+        cases["slots must be on the device of qkv"] = {"slots": a["slots"].cpu()}
+    for message, changes in cases.items():
+        with pytest.raises(RuntimeError, match=f"rope_append: {message}"):
+            nk.rope_append(**(a | changes))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_in_a_cuda_graph(rope_path, dtype):
+    """Replayed with other tokens, positions and slots."""
+    a = rope_inputs(3, 1, 8, 2, 128, 128, dtype=dtype, norm=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        nk.rope_append(**a)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q = nk.rope_append(**a)
+    for seed in range(3):
+        new = make_inputs(3, 1, 8, 2, 128, 128, dtype, norm=True, seed=seed)
+        new["slots"][seed % 3] = -1
+        for name, t in new.items():
+            a[name].copy_(t)
+        expected = rope_copy(a)
+        graph.replay()
+        assert torch.equal(q, nk.rope_append(**expected))
+        assert torch.equal(a["key_cache"], expected["key_cache"])
+        assert torch.equal(a["value_cache"], expected["value_cache"])
+
+
+@needs_gpu
+def test_rope_keeps_the_order_of_the_stream():
+    """Between a projection whose result it reads and an attention that reads what it appends."""
+    for op in ("linear", "rope"):
+        nk.set_cuda_path(op, "kernel")
+    try:
+        a = rope_inputs(4, 1, 8, 2, 64, 64, dtype=torch.bfloat16)
+        w, gamma = (
+            make(12 * 64, 256, dtype=torch.bfloat16, scale=0.06),
+            make(256, dtype=torch.bfloat16),
+        )
+        out = make(256, 8 * 64, dtype=torch.bfloat16, scale=0.04)
+
+        def chain(wait: bool) -> Tensor:
+            x, caches = make(4, 1, 256, dtype=torch.bfloat16), rope_copy(a)
+            for step in range(20):
+                slots = torch.full((4, 1), step % 6, device=DEVICE)
+                qkv = nk.norm_linear(x, gamma, w).view(4, 1, 12, 64)
+                q = nk.rope_append(**(caches | {"qkv": qkv, "slots": slots}))
+                keys, values = (
+                    caches[name][:4].repeat_interleave(4, dim=1)
+                    for name in ("key_cache", "value_cache")
+                )
+                y = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+                x = nk.residual_linear(y.transpose(1, 2).reshape(4, 1, -1), out, residual=x)
+                if wait:
+                    torch.cuda.synchronize()
+            return x
+
+        waited = chain(True)
+        assert waited.isfinite().all()
+        assert all(torch.equal(chain(False), waited) for _ in range(5))
+    finally:
+        for op in ("linear", "rope"):
+            nk.set_cuda_path(op, "auto")
+
+
+def test_rope_is_deterministic(rope_path):
+    a = rope_inputs(3, 40, 8, 4, 128, 128, dtype=torch.bfloat16, norm=True)
+    for _ in range(5):
+        same_rope(rope_copy(a), rope_copy(a))
+
+
+def test_rope_opcheck_and_compile(rope_path):
+    a = rope_inputs(2, 3, 4, 2, 16, 12, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.nbl.rope_append.default, (*a.values(), None, None, 1e-5))
+    expected = rope_copy(a)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a: nk.rope_append(**a) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(a), nk.rope_append(**expected) + 1)
+    torch.testing.assert_close(a["key_cache"], expected["key_cache"])
+
+
+@needs_gpu
+def test_rope_offsets_beyond_31_bits(rope_path):
+    """Caches of more than 2³¹ elements each: the last slots are those that count."""
+    length = (1 << 31) // 128 + 64
+    if rope_path == "plain" or torch.cuda.mem_get_info()[0] < 6 * length * 128 * 2:
+        pytest.skip("PyTorch's way, or too little memory")
+    a = rope_inputs(1, 9, 2, 1, 128, 128, dtype=torch.bfloat16)
+    small = rope_copy(a)
+    for name in ("key_cache", "value_cache"):
+        a[name] = torch.zeros(1, 1, length, 128, dtype=torch.bfloat16, device=DEVICE)
+        a[name][0, 0, -14:] = small[name][0, 0]
+    q = nk.rope_append(**(a | {"slots": a["slots"] + length - 14}))
+    assert torch.equal(q, nk.rope_append(**small))
+    for name in ("key_cache", "value_cache"):
+        assert torch.equal(a[name][0, 0, -14:], small[name][0, 0])
+        assert not a[name][0, 0, :-14].any()
+    del a
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 # ---- Models --------------------------------------------------------------------------------------
 
 
@@ -699,7 +911,7 @@ def test_model_from_text_to_tokens(path, features, tiny_model, token_batches):
     import nbl
 
     if ON_GPU:
-        for op in ("linear", "gram", "solve"):
+        for op in ("linear", "gram", "solve", "rope"):
             nk.set_cuda_path(op, path)
     try:
         with warnings.catch_warnings():
@@ -726,7 +938,7 @@ def test_model_from_text_to_tokens(path, features, tiny_model, token_batches):
         torch.testing.assert_close(on_gpu, on_cpu_logits, rtol=1e-3, atol=1e-3)
     finally:
         if ON_GPU:
-            for op in ("linear", "gram", "solve"):
+            for op in ("linear", "gram", "solve", "rope"):
                 nk.set_cuda_path(op, "auto")
 
 

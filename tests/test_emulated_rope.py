@@ -270,10 +270,10 @@ MUTATIONS = {
         "(launch.heads + per_block - 1) / per_block",
         "(launch.heads + (MUTANT ? 0 : per_block - 1)) / per_block",
     ),
-    "a rotation the other way": ("u[i] * c[i] - v[i]", "u[i] * c[i] - (MUTANT ? -1 : 1) * v[i]"),
+    "a rotation the other way": ("c[i], -(v[i] * s[i])", "c[i], (MUTANT ? 1 : -1) * (v[i] * s[i])"),
     "x of the first half that was rotated already": (
-        "v[i] = v[i] * c[i] + u[i] * s[i];",
-        "v[i] = v[i] * c[i] + (MUTANT ? rotated : u[i]) * s[i];",
+        "v[i] = fmaf(v[i], c[i], u[i] * s[i]);",
+        "v[i] = fmaf(v[i], c[i], (MUTANT ? rotated : u[i]) * s[i]);",
     ),
     "the second half read one early": (
         "Bytes16 second = load_granule<T, kVector>(x, half + k,",

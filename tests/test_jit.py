@@ -38,6 +38,7 @@ HEADERS = sorted(
 # Templates are compiled when they are named; the rest of a header always.
 TEMPLATES = {
     "nbl/cuda/row_ops.cuh": ["rms_norm_rows<{T}, true>", "silu_mul_rows<{T}, false>"],
+    "nbl/cuda/rope.cuh": ["rope_append<{T}, true>", "rope_append<{T}, false>"],
     "nbl/cuda/column_stats.cuh": ["column_stats<{T}>", "first_bad_token<{T}>"],
     "nbl/cuda/gram.cuh": ["gram_portable<nbl::bfloat16>", "gram_portable<nbl::float16>"],
     "nbl/cuda/gram_sm90.cuh": ["gram_hopper<nbl::bfloat16>", "gram_hopper<nbl::float16>"],

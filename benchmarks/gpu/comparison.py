@@ -27,6 +27,8 @@ SECONDS_PER_CANDIDATE = 0.15  # of repetitions
 MAX_ROUNDS = 25
 TOO_LONG_TO_REPEAT = 1.0  # seconds: the first run is the measurement
 
+SHORT = ("linear", "rope")  # ops of microseconds, which are timed in CUDA graphs
+
 Call = Callable[[int], object]  # runs one candidate on the copy of that number
 
 
@@ -126,7 +128,7 @@ class GpuComparison:
                 except Exception as failure:  # a library that is absent, or cannot do this
                     absent[name] = f"{type(failure).__name__}: {failure}"
             calls |= {name: (call, None) for name, call in extra.items()}
-            seconds, copy_rate = self._time(switch, calls, copies, captured=switch == "linear")
+            seconds, copy_rate = self._time(switch, calls, copies, captured=switch in SHORT)
         finally:
             device.use_path(switch, "auto")
         if absent:

@@ -15,6 +15,7 @@ PATHS = {
     "linear": ("plain", "kernel"),
     "gram": ("plain", "cublas", "portable", "hopper"),
     "solve": ("plain", "kernel"),
+    "rope": ("plain", "kernel"),
 }
 NVIDIA_SMI_FIELDS = (
     "driver_version",
@@ -87,7 +88,8 @@ class Cuda:
 
     @functools.cached_property
     def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.randn(2, self.copy_bytes // 8, device=self.device))
+        with torch.inference_mode(False):  # wherever it is first asked for
+            return tuple(torch.randn(2, self.copy_bytes // 8, device=self.device))
 
     def copy(self) -> None:
         target, source = self._blocks

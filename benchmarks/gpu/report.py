@@ -14,6 +14,7 @@ SWITCHES = {
     "norm_swiglu": "linear",
     "covariance": "gram",
     "solve + bound": "solve",
+    "rope_append": "rope",
 }
 SHOWN_ROWS = (1, 4, 16, 17, 512)  # of x, in the short table
 # Of DESIGN.md, section 7: these take a whole model, which this report does not run.

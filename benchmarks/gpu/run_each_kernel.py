@@ -19,6 +19,8 @@ EPS = 1e-6
 # (rows, K, N): one row and many, with and without vector loads, more than one block each way.
 LINEAR_SHAPES = [(1, 136, 72), (1, 37, 19), (3, 264, 40), (9, 45, 33), (16, 520, 136), (17, 72, 72)]
 GRAM_SHAPES = [(70, 48, 40), (131, 136, 24), (40, 33, 17), (300, 257, 130)]  # (tokens, d_f, d_t)
+# (heads, kv_heads, head_dim, rotated): whole warps and parts of one, with and without 16 bytes.
+ROPE_SHAPES = [(6, 2, 128, 128), (3, 1, 80, 32), (2, 1, 45, 30)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -84,7 +86,32 @@ def run_solves(device: str, name: str) -> None:
     check(f"cca_bound, {name}", nk.cca_bound(moved), nk.cca_bound(batch), 1e-8)
 
 
-RUNS = {"linear": run_linears, "gram": run_grams, "solve": run_solves}
+def run_ropes(device: str, name: str) -> None:
+    for heads, kv_heads, dim, rotated in ROPE_SHAPES:
+        for dtype in DTYPES:
+            norm = torch.rand(2, dim).add(0.5).to(dtype)
+            inputs = {
+                "qkv": torch.randn(2, 5, heads + 2 * kv_heads, dim).to(dtype),
+                "cos": torch.randn(9, rotated // 2),
+                "sin": torch.randn(9, rotated // 2),
+                "positions": torch.randint(0, 9, (2, 5)),
+                "slots": torch.tensor([[3, 0, 5, -1, 7], [-1, 1, 2, 0, 6]]),
+                "key_cache": torch.zeros(3, kv_heads, 8, dim, dtype=dtype),
+                "value_cache": torch.zeros(3, kv_heads, 8, dim, dtype=dtype),
+                "q_norm_weight": norm[0],
+                "k_norm_weight": norm[1],
+            }
+            moved = {k: t.to(device) for k, t in inputs.items()}
+            q = nk.rope_append(**moved, norm_eps=EPS)
+            exact = {k: t.double() if t.dtype == dtype else t for k, t in inputs.items()}
+            exact_q = nk.rope_append_ref(**exact, norm_eps=EPS)
+            about, tolerance = f"{name}, {dtype}, {dim}", 4 * torch.finfo(dtype).eps + 1e-5
+            check(f"rope_append, {about}", q, exact_q, tolerance)
+            for cache in ("key_cache", "value_cache"):
+                check(f"{cache}, {about}", moved[cache], exact[cache], tolerance)
+
+
+RUNS = {"linear": run_linears, "gram": run_grams, "solve": run_solves, "rope": run_ropes}
 
 
 def main() -> None:

@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_append(NBL_PARAM RopeLaunch
       norm.apply(second, gamma_second, v);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        const float rotated = u[i] * c[i] - v[i] * s[i];
-        v[i] = v[i] * c[i] + u[i] * s[i];
+        const float rotated = fmaf(u[i], c[i], -(v[i] * s[i]));  // the same in every instance
+        v[i] = fmaf(v[i], c[i], u[i] * s[i]);
         u[i] = rotated;
       }
       finish(k, half, u);
