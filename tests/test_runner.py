@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import nbl
 import pytest
 import torch
+from flashinfer_double import PagedAttention
+from nbl.attention import load_flashinfer
 from nbl.runner import _Graphs, _Sampler
-from tolerance import max_error
+from tolerance import assert_rounding_only, max_error
 from transformers import DynamicCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")  # as many as these tests need
@@ -426,3 +430,122 @@ def test_buckets(build):
     sizes = [graphs.bucket(n) for n in (1, 128, 129, 256, 257, 513, 1000)]
     assert sizes == [128, 128, 256, 256, 512, 1000, 1000]
     assert _Graphs(nbl.Runner(build(), 1, 40)).bucket(3) == 40
+
+
+# --- FlashInfer ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flashinfer(monkeypatch):
+    """nbl.Runner(…, attention="flashinfer") on the CPU, in float32: the same tokens exactly."""
+    monkeypatch.setattr(PagedAttention, "made", [])
+    module = types.SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=PagedAttention)
+    monkeypatch.setattr("nbl.runner.load_flashinfer", lambda device, dtype: module)
+    return PagedAttention
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+@pytest.mark.parametrize("chunk", [2048, 9, 3])
+@pytest.mark.parametrize("mix", MIXES)
+def test_flashinfer_tokens_are_those_of_sdpa(
+    mix, chunk, static, family, build, prompts, flashinfer, as_graphs
+):
+    model = build(family, mix)
+    runner = nbl.Runner(model, 4, 40, attention="flashinfer", prefill_chunk=chunk)
+    if static:
+        as_graphs(runner)
+    plain = nbl.Runner(model, 4, 40)
+    expected = plain.generate(prompts, NEW)
+    for _ in range(2):  # what the first call leaves does not matter to the second
+        new = runner.generate(prompts, NEW)
+        assert torch.equal(torch.stack(new), torch.stack(expected))
+    assert torch.equal(runner.generate([prompts[2]], NEW)[0], plain.generate([prompts[2]], NEW)[0])
+    kept = sum(k is not None for k in runner._stack.kept)
+    for wrapper in flashinfer.made:
+        assert wrapper.runs == kept * wrapper.plans  # one plan serves all layers
+        assert wrapper.use_cuda_graph <= static
+    if kept:
+        assert any(wrapper.use_cuda_graph for wrapper in flashinfer.made) == static
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+@pytest.mark.parametrize("window", [1, 6, 100])
+def test_flashinfer_sliding_windows(window, static, build, prompts, flashinfer, as_graphs):
+    """Two of the four layers have one."""
+    config = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": window}
+    model = build("qwen2", "dense", **config)
+    runner = nbl.Runner(model, 4, 40, attention="flashinfer", prefill_chunk=15)
+    if static:
+        as_graphs(runner)
+    expected = nbl.Runner(model, 4, 40).generate(prompts, NEW)
+    assert torch.equal(torch.stack(runner.generate(prompts, NEW)), torch.stack(expected))
+    assert {wrapper.window_left for wrapper in flashinfer.made} == {-1, window - 1}
+
+
+def test_flashinfer_long_texts_take_many_pages(build, flashinfer, token_batches):
+    """To the last slot of the last row: the last page reaches over the end of the cache."""
+    model = build("llama", "dense")
+    ids = token_batches(1, batch_size=2, length=70, seed=3)[0]
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    runner = nbl.Runner(model, 2, 75, attention="flashinfer", prefill_chunk=40)
+    plain = nbl.Runner(model, 2, 75)
+    for options in ({"attention_mask": mask}, {}):
+        for a, b in zip(runner.generate(ids, 5, **options), plain.generate(ids, 5, **options)):
+            assert torch.equal(a, b)
+    assert max(len(wrapper.buffers[2]) for wrapper in flashinfer.made) >= 2 * 4
+
+
+@torch.no_grad()
+def test_flashinfer_logits_of_every_token(build, prompts, flashinfer, as_graphs):
+    """Rows that are padding when others have begun among them."""
+    model = build("llama", "dense")
+    double = copy.deepcopy(model).double()
+    exact = [double(torch.tensor([p])).logits[0] for p in prompts]
+    plain = [model(torch.tensor([p])).logits[0] for p in prompts]
+    for static in (False, True):
+        runner = nbl.Runner(model, 3, 40, attention="flashinfer")
+        if static:
+            as_graphs(runner)
+        for length in (None, 1, 5):
+            logits = runner.logits(prompts, prompt_length=length)
+            for row in zip(logits, plain, exact):
+                assert_rounding_only(*row)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+def test_flashinfer_drafts(static, build, prompts, flashinfer, token_batches, as_graphs):
+    """Several tokens of every row at once, on top of what was appended before."""
+    model = build("llama", "dense")
+    calibration = nbl.calibrate(model, token_batches(4), progress=False)
+    draft = nbl.draft_model(model, calibration, layers=2)
+    runner = nbl.Runner(model, 3, 40, draft=draft, attention="flashinfer")
+    if static:
+        as_graphs(runner)
+    expected = nbl.Runner(model, 3, 40).generate(prompts, NEW)
+    for tokens in (None, 3):
+        new = runner.generate(prompts, NEW, draft_layers=2, draft_tokens=tokens)
+        assert torch.equal(torch.stack(new), torch.stack(expected))
+
+
+def test_flashinfer_reads_nothing_that_was_not_written(build, prompts, flashinfer):
+    """NaN in everything that no token has written."""
+    model = build("llama", "dense")
+    expected = nbl.Runner(model, 4, 40).generate(prompts, NEW)
+    runner = nbl.Runner(model, 4, 40, attention="flashinfer")
+    for cache in (runner.keys, runner.values):
+        cache.fill_(float("nan"))
+    assert torch.equal(torch.stack(runner.generate(prompts, NEW)), torch.stack(expected))
+
+
+def test_flashinfer_errors_name_the_argument(tiny_model, monkeypatch):
+    with pytest.raises(ValueError, match='attention: expected "sdpa" or "flashinfer"'):
+        nbl.Runner(tiny_model(), 1, 10, attention="fa2")
+    with pytest.raises(ValueError, match=r'attention: "flashinfer" needs a GPU, .* on cpu'):
+        nbl.Runner(tiny_model(), 1, 10, attention="flashinfer")
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r'"flashinfer" needs bfloat16 or .* is torch\.float32'):
+        load_flashinfer(gpu, torch.float32)
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(ImportError, match=r'attention: "flashinfer" is not installed: pip install'):
+        load_flashinfer(gpu, torch.bfloat16)

@@ -3,7 +3,7 @@
 One forward pass over the fused layers (:mod:`nbl.fused`) serves prefill, in chunks, and decode. The
 cache has room for the layers that kept their attention and is allocated once; prompts of different
 lengths are aligned on their right, so that a step writes one slot of it and reads the slots before
-as they lie. The attention itself is PyTorch's ``scaled_dot_product_attention``.
+as they lie. The attention itself is a library's (:mod:`nbl.attention`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
+from .attention import FlashInferAttention, SdpaAttention, allocate_cache, load_flashinfer
 from .drafting import DraftReport, count_accepted
 from .fused import FusedHead, FusedLayer, fuse, sliding_window
 from .linearization import DRAFT_ORDER
@@ -48,6 +48,10 @@ class Runner:
             compare its tokens with those of a runner without graphs before relying on it.
         draft: what :func:`nbl.draft_model` made of `model`, for :meth:`generate` with
             ``draft_layers``. It uses the weights and the cache of `model`.
+        attention: "sdpa", PyTorch's ``scaled_dot_product_attention``, or "flashinfer" (the extra
+            ``flashinfer``; a bfloat16 or float16 model on a GPU), which reads padding and free
+            slots of the cache in no step. Not yet run on a GPU: compare its tokens with those of
+            "sdpa" before relying on it.
 
     The model's sliding windows and rotary scaling (Llama 3's among them) are respected; a window
     saves reading, not memory. Dropout is never applied.
@@ -55,7 +59,8 @@ class Runner:
     Raises:
         ValueError: what optimize refuses; rotary types that depend on the length of the text
             ("dynamic", "longrope"); cuda_graphs for a model that is not on a GPU; a draft of
-            another model.
+            another model; an attention that cannot run the model.
+        ImportError: FlashInfer is asked for and not installed.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Runner:
         prefill_chunk: int = 2048,
         cuda_graphs: bool = False,
         draft: PreTrainedModel | None = None,
+        attention: str = "sdpa",
     ) -> None:
         sizes = {
             "max_batch_size": max_batch_size,
@@ -89,6 +95,10 @@ class Runner:
         weight = model.model.norm.weight
         if cuda_graphs and weight.device.type != "cuda":
             raise ValueError(f"cuda_graphs: the model is on {weight.device}, not on a GPU")
+        if attention not in ("sdpa", "flashinfer"):
+            raise ValueError(f'attention: expected "sdpa" or "flashinfer", got {attention!r}')
+        if attention == "flashinfer":
+            flashinfer = load_flashinfer(weight.device, weight.dtype)
         if draft is not None:
             _check_draft(draft, model)
         optimize(model)
@@ -104,15 +114,18 @@ class Runner:
         self._stack = _Stack(self._layers, _kept_layers(self._layers))
         self._drafts = _draft_stacks(self._stack, draft)
         kept = [k for k in self._stack.kept if k is not None]
-        self._windows = {k.window for k in kept}
-        self._groups = model.config.num_attention_heads // model.config.num_key_value_heads
         where = {"device": self.device, "dtype": self._dtype}
         shape = (0, max_batch_size, 0, max_length, 0)
         if kept:
             first = self._layers[self._stack.kept.index(kept[0])]
             shape = (len(kept), *shape[1:2], kept[0].kv_heads, max_length, first.self_attn.head_dim)
-        self.keys = torch.zeros(shape, **where)
-        self.values = torch.zeros(shape, **where)
+        self.keys = allocate_cache(shape, **where)
+        self.values = allocate_cache(shape, **where)
+        windows, heads = {k.window: k.scaling for k in kept}, model.config.num_attention_heads
+        if attention == "flashinfer":
+            self._attend = FlashInferAttention(flashinfer, windows, heads, shape[1:], **where)
+        else:
+            self._attend = SdpaAttention(windows, heads, model.config.num_key_value_heads)
         self._cos, self._sin = _rotation_table(model, max_length)
         self._call = 0  # which call the cache belongs to
         self._graphs = _Graphs(self) if cuda_graphs else None
@@ -447,17 +460,7 @@ class Runner:
             values,
             **kept.head_norms(layer.self_attn),
         )
-        view = span.views[kept.window]
-        keys, values = keys[:rows, :, view.slots], values[:rows, :, view.slots]
-        options = {"attn_mask": view.mask, "scale": kept.scaling}
-        if view.grouped:
-            q = q.unflatten(1, (kept.kv_heads, -1)).transpose(2, 3).flatten(2, 3)
-            y = F.scaled_dot_product_attention(q, keys, values, **options)
-            y = y.unflatten(2, (length, -1)).transpose(1, 2)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, keys, values, is_causal=view.causal, enable_gqa=True, **options
-            ).transpose(1, 2)
+        y = self._attend(q, keys, values, span.views[kept.window], kept.scaling)
         out = layer.self_attn.o_proj
         return nk.residual_linear(y.reshape(rows, length, -1), out.weight, out.bias, residual=x)
 
@@ -466,35 +469,7 @@ class Runner:
         positions = slots = torch.arange(start, end, device=self.device)
         if batch.padding is not None:
             positions = (slots - batch.padding[:, None]).clamp_min(0)
-        views = {}
-        for window in self._windows:
-            first = 0 if window is None else max(0, start - window + 1)
-            views[window] = self._view(batch, start, end, first, window)
-        return _Span(positions, slots, views)
-
-    def _view(self, batch: _Batch, start: int, end: int, first: int, window: int | None) -> _View:
-        """What the tokens in slots start to end see: slots first to end, masked."""
-        slots = slice(first, end)
-        padded = batch.visible is not None
-        if end - start == 1:
-            mask = batch.visible[:, None, None, slots] if padded else None
-            return _View(slots, mask, grouped=True)
-        if start == 0 and not padded and (window is None or window >= end):
-            return _View(slots, causal=True)
-        queries = torch.arange(start, end, device=self.device)[:, None]
-        keys = torch.arange(first, end, device=self.device)
-        mask = keys <= queries
-        if window is not None:
-            mask = mask & (keys > queries - window)
-        if padded:  # padding sees itself: some kernels make NaN of a row of nothing, and it spreads
-            mask = (mask & batch.visible[:, None, None, slots]) | (keys == queries)
-        return self._few(slots, mask) if end - start <= _MOST_ROWS else _View(slots, mask)
-
-    def _few(self, slots: slice, mask: Tensor) -> _View:
-        """For a few tokens, mask (…, T, slots)."""
-        if mask.shape[-2] > 1:
-            mask = mask.repeat_interleave(self._groups, dim=-2)
-        return _View(slots, mask, grouped=True)
+        return _Span(positions, slots, self._attend.views(batch, start, end))
 
 
 # --- the parts of a request and of a step --------------------------------------------------------
@@ -510,24 +485,12 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class _View:
-    """The cache as the tokens of a step see it."""
-
-    slots: slice
-    mask: Tensor | None = None  # True: seen; broadcasts to (B, heads, tokens, slots)
-    causal: bool = False
-    # The query heads that share a key head are to it as so many tokens: no key is repeated. That
-    # pays for few tokens; the mask then has a row for each head of each token.
-    grouped: bool = False
-
-
-@dataclass(frozen=True)
 class _Span:
     """Where the tokens of one step are, in the cache and in the text."""
 
     positions: Tensor  # (T,) or (B, T), in the text
     slots: Tensor  # (T,), that their keys and values are written to
-    views: dict[int | None, _View]  # per sliding window
+    views: dict[int | None, Any]  # of the cache, per sliding window
 
 
 @dataclass
@@ -743,9 +706,10 @@ class _Graphs:
             self.graphs.clear()
             self.pool = None
             self.weights = weights
-        # Masked slots are multiplied by zero: no infinity of an earlier call may be left in them.
-        for cache in (self.runner.keys, self.runner.values):
-            cache[:, :rows, :, first : self.bucket(end)] = 0
+        if self.runner._attend.reads_free_slots:
+            # They are multiplied by zero: no infinity of an earlier call may be left in them.
+            for cache in (self.runner.keys, self.runner.values):
+                cache[:, :rows, :, first : self.bucket(end)] = 0
 
     def decode(self, stack: _Stack, batch: _Batch, tokens: Tensor, slot: int) -> Tensor:
         rows, length = tokens.shape
@@ -755,11 +719,14 @@ class _Graphs:
             self.padding.zero_()
         else:
             self.padding[:rows].copy_(batch.padding)
+        self.runner._attend.prepare_step(batch, slot, length)
         self.run(stack, rows, length, self.bucket(slot + length))
         return self.logits[: rows * length].view(rows, length, -1)
 
     def bucket(self, slots: int) -> int:
-        """The next power of two of slots."""
+        """The next power of two of slots; all slots, where those that are free are not read."""
+        if not self.runner._attend.reads_free_slots:
+            return self.runner.max_length
         size = max(_SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
         return min(size, self.runner.max_length)
 
@@ -790,13 +757,8 @@ class _Graphs:
         """One decode step between the buffers; everything that varies is in a tensor."""
         runner = self.runner
         padding = self.padding[:rows, None]
-        slots = torch.arange(bucket, device=runner.device)
         own = self.slot + torch.arange(length, device=runner.device)
-        seen = (slots <= own[:, None]) & (slots >= padding[..., None])
-        views = {}
-        for window in runner._windows:
-            mask = seen if window is None else seen & (slots > own[:, None] - window)
-            views[window] = runner._few(slice(0, bucket), mask[:, None])
-        span = _Span(own - padding, own, views)
+        views = runner._attend.step_views(rows, length, bucket, padding, own)
+        span = _Span((own - padding).clamp_min(0), own, views)
         x = runner._forward(stack, self.tokens[: rows * length].view(rows, length), span)
         self.logits[: rows * length].copy_(runner._head(x).flatten(0, 1))
