@@ -19,7 +19,7 @@ from test_linear import torch_norm_linear, torch_norm_swiglu, torch_residual_lin
 from test_lmmse import exact_moments, tokens
 from test_rope import SHAPES as ROPE_SHAPES
 from test_rope import assert_right, make_inputs
-from tolerance import assert_as_exact_as_torch
+from tolerance import assert_as_exact_as_torch, assert_rounding_only
 from torch import Tensor
 
 import nbl_kernels as nk
@@ -940,6 +940,51 @@ def test_model_from_text_to_tokens(path, features, tiny_model, token_batches):
         if ON_GPU:
             for op in ("linear", "gram", "solve", "rope"):
                 nk.set_cuda_path(op, "auto")
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True] if ON_GPU else [False])
+@pytest.mark.parametrize("path", ["kernel", "plain"])
+def test_model_generates_by_the_runner(path, cuda_graphs, family, tiny_model, token_batches):
+    """The tokens of the CPU, for prompts of different lengths."""
+    import nbl
+
+    prompts = [row[cut:] for row, cut in zip(token_batches(1, length=9, seed=5)[0], (0, 3, 7, 0))]
+    expected = nbl.Runner(tiny_model(family), 4, 40).generate(prompts, 12)
+    if ON_GPU:
+        nk.set_cuda_path("all", path)
+    try:
+        runner = nbl.Runner(tiny_model(family).to(DEVICE), 4, 40, cuda_graphs=cuda_graphs)
+        for _ in range(2):
+            assert torch.equal(torch.stack(runner.generate(prompts, 12)), torch.stack(expected))
+    finally:
+        if ON_GPU:
+            nk.set_cuda_path("all", "auto")
+
+
+@needs_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+def test_model_runs_with_flashinfer(window, cuda_graphs, tiny_model, token_batches):
+    """Prompts, and token by token, across pages: as exact as with PyTorch's attention."""
+    pytest.importorskip("flashinfer")
+    import nbl
+
+    config = {"hidden_size": 256, "head_dim": 64, "sliding_window": window}
+    config["initializer_range"] = 0.08  # of wider layers, so that no rounding decides the rest
+    ids = token_batches(1, batch_size=3, length=60, seed=5)[0].to(DEVICE)
+    prompts = [ids[0], ids[1, 31:], ids[2, 58:]]
+    double = tiny_model("mistral", torch.bfloat16, **config).double().to(DEVICE)
+    exact = [double(p[None]).logits[0] for p in prompts]
+    model = tiny_model("mistral", torch.bfloat16, **config).to(DEVICE)
+    runners = [
+        nbl.Runner(model, 3, 80, attention=a, cuda_graphs=cuda_graphs, prefill_chunk=90)
+        for a in ("flashinfer", "sdpa")
+    ]
+    for length in (None, 7):
+        ours, theirs = (r.logits(prompts, prompt_length=length) for r in runners)
+        for row in zip(ours, theirs, exact):
+            assert_rounding_only(*row)
 
 
 # ---- CuPy ----------------------------------------------------------------------------------------
