@@ -17,6 +17,7 @@ OPTIONAL = {
     "matplotlib": "nbl report",
     "datasets": "--text dataset:NAME",
     "cupy": "CuPy arrays as arguments",
+    "flashinfer": "attention of nbl.Runner on a GPU",
     "vllm": "serving",
     "gguf": "llama.cpp files",
     "peft": "LoRA",
