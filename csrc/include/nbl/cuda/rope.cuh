@@ -9,9 +9,9 @@
 // that a lane holds both elements of a pair and nothing moves between lanes but Σ x². Consecutive
 // groups take consecutive heads; those of a token find its row of cos and sin in the L1 cache.
 //
-// A decode step has so little to do that all of it is waiting for memory. So x is asked for together
-// with its token's position and slot, before these have come; the row of cos and sin that they name
-// is the second wait and the last. (RMSNorm adds x once more, from L1.)
+// A decode step has so little to do that all of it is waiting for memory. So x is asked for
+// together with its token's position and slot, before these have come; the row of cos and sin that
+// they name is the second wait and the last. (RMSNorm adds x once more, from L1.)
 //
 // A token out of range (nobody waits on the host to look) reads no row of cos and sin and writes
 // nothing to the caches; its q is NaN.
