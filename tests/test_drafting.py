@@ -1,4 +1,4 @@
-"""Speculative decoding, ours and transformers': whatever drafts, the tokens are the target's own."""
+"""Speculative decoding, ours and transformers': whoever drafts, the tokens are the target's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nbl.runner import _Graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")  # as many as these tests need
 
-NEW = 16
+NEW = 12
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def alone(model, prompts, new=NEW):
 def test_runner_on_many_prompts(family, graphs, tiny_model, good_draft, prompts, monkeypatch):
     model = tiny_model(family)
     draft = good_draft(model)
-    many = prompts(40)
+    many = prompts(20)
     expected = alone(model, many)
     runner = nbl.Runner(model, 4, 40, draft=draft)
     if graphs:  # the step that CUDA graphs capture, run as it is
@@ -65,7 +65,7 @@ def test_runner_on_many_prompts(family, graphs, tiny_model, good_draft, prompts,
         runner._graphs = _Graphs(runner)
         runner._graphs.run = runner._graphs.step
     proposed = accepted = 0
-    for layers, tokens in ((1, None), (2, None), (2, 1), (2, 3), (2, 15)):
+    for layers, tokens in ((1, None), (2, None), (2, 4)):
         for i, prompt in enumerate(many):
             new = runner.generate([prompt], NEW, draft_layers=layers, draft_tokens=tokens)
             assert torch.equal(new[0], expected[i])
@@ -73,7 +73,7 @@ def test_runner_on_many_prompts(family, graphs, tiny_model, good_draft, prompts,
             assert report.accepted + report.passes + 1 >= NEW > report.passes
             proposed, accepted = proposed + report.proposed, accepted + report.accepted
     assert 0 < accepted < proposed  # both outcomes were tested
-    for first in range(0, 40, 4):  # ragged batches
+    for first in range(0, 20, 4):  # ragged batches
         new = runner.generate(many[first : first + 4], NEW, draft_layers=2)
         assert all(map(torch.equal, new, expected[first : first + 4]))
 
@@ -90,8 +90,9 @@ def test_a_draft_that_is_always_right_or_always_wrong(tiny_model, good_draft, pr
     for prompt, tokens in zip(prompts(3), expected):
         assert torch.equal(runner.generate([prompt], NEW, draft_layers=2)[0], tokens)
         report = runner.last_draft
-        assert report.rate == 1.0 and report.passes == 4  # 2, 3, 4 and the 6 that were left
-        assert report.tokens_per_pass == 1 + report.accepted / 4 and report.accepted == NEW - 1 - 4
+        # the prompt gives 1 of the 12 tokens, the passes 2, 3, 4 and the 2 that are left
+        assert (report.rate, report.passes, report.accepted) == (1.0, 4, 7)
+        assert report.tokens_per_pass == 11 / 4
     wrong = tiny_model()
     draft = good_draft(wrong, quiet=False)
     expected = alone(wrong, prompts(3))
@@ -116,11 +117,8 @@ def test_stop_tokens_and_streams(tiny_model, good_draft, prompts):
     steps = torch.stack(list(runner.stream(batch, NEW, stop=stop, draft_layers=2)), 1)
     assert torch.equal(steps, torch.stack(list(plain.stream(batch, NEW, stop=stop)), 1))
     for new in (1, 2, 3):
-        assert all(
-            map(
-                torch.equal, runner.generate(batch, new, draft_layers=2), plain.generate(batch, new)
-            )
-        )
+        tokens = runner.generate(batch, new, draft_layers=2)
+        assert all(map(torch.equal, tokens, plain.generate(batch, new)))
 
 
 def test_counting():
@@ -134,22 +132,20 @@ def test_counting():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("optimized", ["neither", "model", "both", "int8"])
+@pytest.mark.parametrize("optimized", ["neither", "model", "int8"])
 def test_transformers_assisted_generation(family, optimized, tiny_model, good_draft, prompts):
     """The linearized model assists its own original, and the other way round."""
     model = tiny_model(family)
     if optimized == "model":
         nbl.optimize(model)
     draft = good_draft(model)
-    expected = alone(model, prompts(26)), alone(draft, prompts(26))
-    if optimized == "both":
-        nbl.optimize(model), nbl.optimize(draft)
+    expected = alone(model, prompts(13)), alone(draft, prompts(13))
     if optimized == "int8":
         nbl.optimize(model, weights="int8")
-        expected = alone(model, prompts(26)), alone(draft, prompts(26))
+        expected = alone(model, prompts(13)), alone(draft, prompts(13))
     options = {"max_new_tokens": NEW, "do_sample": False}
     differ = 0
-    for prompt, of_model, of_draft in zip(prompts(26), *expected):
+    for prompt, of_model, of_draft in zip(prompts(13), *expected):
         ids = torch.tensor([prompt])
         new = model.generate(ids, assistant_model=draft, **options)[0, len(prompt) :]
         assert torch.equal(new, of_model)
@@ -199,7 +195,7 @@ def test_bad_drafts_are_refused(tiny_model, good_draft):
     draft = good_draft(model)
     with pytest.raises(ValueError, match="made of another model"):
         nbl.Runner(tiny_model(), 1, 40, draft=draft)
-    with pytest.raises(ValueError, match="expected what nbl.draft_model made"):
+    with pytest.raises(ValueError, match=r"expected what nbl\.draft_model made"):
         nbl.Runner(model, 1, 40, draft=tiny_model())
     for function in (lambda: nbl.drop(draft, [0]), lambda: nbl.restore(draft)):
         with pytest.raises(ValueError, match="the model is a draft"):
