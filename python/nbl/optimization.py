@@ -118,8 +118,11 @@ def optimize(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step reads: those of the decoder layers, the last norm and the
-    head, each once, as they are stored (numbers and scales of quantized ones). Of the embedding a
-    step reads a row; a head that is tied to it counts. The KV cache is not included."""
-    parts = (*model.model.layers, model.model.norm, model.lm_head)
-    return sum(t.nbytes for m in parts for t in itertools.chain(m.parameters(), m.buffers()))
+    """Bytes of weights that a decode step reads: all of them once, as they are stored (of quantized
+    ones the numbers and scales), but of the embedding, which is looked up, nothing, unless the head
+    is tied to it. The KV cache is not included. Any transformers causal LM."""
+    tensors = [*model.parameters()]
+    tensors += [t for linear in quantized_linears(model) for t in linear.buffers()]
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    return sum(t.nbytes for t in tensors if tied or t is not embedding)
