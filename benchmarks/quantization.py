@@ -6,7 +6,7 @@ of cache. All models take turns in one run; a ratio compares two times of the sa
 bytes predict: the bf16 model's bytes per step (weights, keys and values) over the model's own.
 
     python benchmarks/quantization.py
-    python benchmarks/quantization.py --layers 2 --repeats 3 --steps 8 --json none
+    python benchmarks/quantization.py --calibration-tokens 16384 --layers 2 --repeats 3 --json none
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ SHAPE = {
 CONTEXT = 128
 
 
-def perplexities() -> list[dict[str, Any]]:
+def perplexities(calibration_tokens: int) -> list[dict[str, Any]]:
     """The demo model in bf16 and in every format, dense and with half of its layers linearized."""
     model, tokenizer = nbl.demo.load(torch.bfloat16)
     settings = {"length": 512, "batch_size": 8}
-    calibration = nbl.demo.token_batches(tokenizer, "calibration", **settings, max_tokens=98_304)
+    calibration = nbl.demo.token_batches(
+        tokenizer, "calibration", **settings, max_tokens=calibration_tokens
+    )
     test = nbl.demo.token_batches(tokenizer, "test", **settings, max_tokens=16_384)
     cal = nbl.calibrate(model, calibration, progress=False)
     half = model.config.num_hidden_layers // 2
@@ -140,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--calibration-tokens", type=int, default=98_304, help="of the demo model")
     parser.add_argument("--layers", type=int, default=8, help="of the random model")
     parser.add_argument("--steps", type=int, default=16, help="tokens per repetition")
     parser.add_argument("--repeats", type=int, default=9)
@@ -150,7 +153,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    quality = perplexities()
+    quality = perplexities(options.calibration_tokens)
     print(f"{'demo model':<10} {'weights':<8} {'perplexity':>10} {'change':>8} {'bytes':>10}")
     for row in quality:
         change = row["perplexity"] / row["base"] - 1
@@ -159,19 +162,18 @@ def main() -> None:
             f"{row['weight_bytes']:>10,}"
         )
     speed = decode_speeds(options.layers, options.steps, options.repeats)
-    print(
-        f"\n{'decode':<10} {'weights':<8} {'MB':>7} {'ms':>7} {'GB/s':>6} {'predicted':>10} ×bf16"
-    )
+    print(f"\n{'decode':<10} {'weights':<8} {'MB':>7} {'ms':>7} {'GB/s':>5} {'predicted':>9} ×bf16")
     for row in speed:
         low, high = row["speedup_range"]
         print(
             f"{row['model']:<10} {row['weights']:<8} {row['bytes'] / 1e6:>7.0f} "
-            f"{row['milliseconds']:>7.1f} {row['gigabytes_per_second']:>6.1f} "
-            f"{row['speedup_predicted']:>10.2f} {row['speedup']:.2f} ({low:.2f} to {high:.2f})"
+            f"{row['milliseconds']:>7.1f} {row['gigabytes_per_second']:>5.1f} "
+            f"{row['speedup_predicted']:>9.2f} {row['speedup']:.2f} ({low:.2f} to {high:.2f})"
         )
     record = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "environment": machine.environment() | {"transformers": transformers.__version__},
+        "calibration_tokens": options.calibration_tokens,
         "perplexity": quality,
         "shape": SHAPE | {"num_hidden_layers": options.layers, "context": CONTEXT},
         "repeats": options.repeats,
