@@ -203,6 +203,13 @@ def test_compress_evaluates_and_saves(tiny, book, tmp_path):
     assert evaluated["kv_bytes_per_token"] == 2 * per_layer
     written = result_of("generate", "out", "--prompt", "def f", "--max-new-tokens", 8)
     assert written["new_tokens"] <= 8 and written["prefill_tokens_per_second"] > 0
+    quantized = result_of("eval", "out", "--text", f"{book}/3.txt", "--weights", "int8")
+    assert quantized["weights"] == "int8" and evaluated["weights"] is None
+    assert quantized["weight_bytes"] < 0.4 * evaluated["weight_bytes"]  # of float32
+    assert quantized["perplexity"] == pytest.approx(evaluated["perplexity"], rel=0.1)
+    assert quantized["perplexity"] != evaluated["perplexity"]
+    command = ("generate", "out", "--prompt", "def f", "--max-new-tokens", 3)
+    assert result_of(*command, "--weights", "int4")["weights"] == "int4"
 
     pytest.importorskip("matplotlib")
     files = result_of("report", "out", "--png")["files"]

@@ -3,10 +3,11 @@ of the error that plain PyTorch makes in the same dtype on the same inputs."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:
@@ -33,3 +34,20 @@ def assert_as_exact_as_torch(
     """`torch_fn(*inputs)` is PyTorch's way; the same on float64 inputs is the truth."""
     exact = torch_fn(*(None if t is None else t.double() for t in inputs))
     assert_rounding_only(actual, torch_fn(*inputs), exact)
+
+
+def exact_copy(model: nn.Module) -> nn.Module:
+    """A transformers model in float64, its maps in plain PyTorch: the truth for logits."""
+    exact = copy.deepcopy(model).double()
+    for layer in exact.model.layers:
+        if getattr(layer, "spec", None) and layer.spec.kind == "linear":
+
+            def attention(x, layer=layer):
+                maps = (
+                    [layer.linear] if layer.spec.rank is None else [layer.linear_v, layer.linear_u]
+                )
+                pre_norm = layer.spec.features == "pre-norm"
+                return x + nn.Sequential(*maps)(x if pre_norm else layer.input_layernorm(x))
+
+            layer._attention = attention
+    return exact

@@ -18,7 +18,7 @@ from .drafting import DraftReport, draft_model
 from .evaluation import Perplexity, perplexity
 from .linearization import drop, linearize, restore
 from .models import linearized_layers
-from .optimization import optimize
+from .optimization import optimize, weight_bytes
 from .ranking import LayerScore
 from .runner import Runner
 
@@ -38,4 +38,5 @@ __all__ = [
     "optimize",
     "perplexity",
     "restore",
+    "weight_bytes",
 ]

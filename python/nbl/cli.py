@@ -211,6 +211,10 @@ Criterion = Annotated[
         show_default="loss; residual without text; cosine with --drop",
     ),
 ]
+Weights = Annotated[
+    Literal["int8", "fp8", "int4"] | None,
+    typer.Option(help="Quantize the weights first.", show_default="as they are"),
+]
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -478,6 +482,7 @@ def _eval(
     ] = None,
     length: Length = None,
     batch_size: BatchSize = None,
+    weights: Weights = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -487,7 +492,7 @@ def _eval(
 
     Example: `nbl eval llama-nbl-6 --text dataset:wikitext:wikitext-2-raw-v1:test`
     """
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = _load(model, dtype, device, weights)
     documents, sources = _documents(model, text, max_tokens, demo_split="test")
     plan = _Plan(None, None, length, batch_size, max_tokens)
     batches = plan.batches(loaded, tokenizer, documents)
@@ -506,6 +511,8 @@ def _eval(
         "tokens_per_second": found.tokens / seconds,
         "linearized_layers": nbl.linearized_layers(loaded),
         "kv_bytes_per_token": measure.kv_bytes_per_token(loaded),
+        "weights": weights,
+        "weight_bytes": nbl.weight_bytes(loaded),
     }
     _show_facts(
         {
@@ -515,6 +522,7 @@ def _eval(
             "speed": f"{result['tokens_per_second']:,.0f} tokens/s",
             "linearized layers": ", ".join(map(str, result["linearized_layers"])) or "none",
             "KV cache": f"{result['kv_bytes_per_token']:,} bytes per token",
+            "weights": f"{result['weight_bytes']:,} bytes per decode step",
         }
     )
     return result
@@ -538,6 +546,7 @@ def generate(
         int, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: from all.")
     ] = 0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    weights: Weights = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -548,7 +557,7 @@ def generate(
     Example: `nbl generate llama-nbl-6 --prompt "The residual stream" --temperature 0.7`
     """
     prompt = load_texts(["-"])[0] if prompt == "-" else prompt
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = _load(model, dtype, device, weights)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not prompt or not ids.numel():
         raise ValueError("prompt: expected some text, got none")
@@ -569,7 +578,7 @@ def generate(
             "top_k": top_k,
         }
     result = _continue(loaded, tokenizer, ids, max_new_tokens, stream=True, **sampling)
-    result = {"model": model, "prompt": prompt, **result, "seed": seed}
+    result = {"model": model, "prompt": prompt, **result, "seed": seed, "weights": weights}
     speed = result["decode_tokens_per_second"]
     _err.print(
         f"prompt {result['prompt_tokens']} tokens, {result['prefill_tokens_per_second']:,.0f} "
@@ -862,8 +871,11 @@ def _choose_and_measure(
     return record, maps
 
 
-def _load(name: str, dtype: str, device: str):
+def _load(name: str, dtype: str, device: str, weights: str | None = None):
     """(model in evaluation mode on the device, tokenizer)."""
+    if weights is not None:
+        loaded, tokenizer = _load(name, dtype, device)
+        return nbl.optimize(loaded, weights=weights), tokenizer
     target = _device(device)
     if name == "demo":
         from nbl import demo

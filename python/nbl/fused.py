@@ -4,7 +4,7 @@ A fused layer *is* the layer it was: :func:`fuse` exchanges the class of the obj
 modules, parameters and hooks. What it adds is one tensor for the weights that are read together, q
 with k with v and gate with up; the modules' own parameters become views of it, so that no weight is
 in memory twice and ``state_dict``, ``save_pretrained``, ``load_state_dict`` and in-place updates
-mean what they always meant.
+mean what they always meant. Its linears are plain ones, or quantized (:mod:`nbl.quantized`).
 
 The kernels run where that means the same as transformers' code, and that code runs (on the same
 weights) everywhere else: in training mode, where autograd records, under autocast, where a module
@@ -28,42 +28,61 @@ from transformers.models.qwen3 import modeling_qwen3
 import nbl_kernels as nk
 
 from .models import LinearizedDecoderLayer
+from .quantized import (
+    QuantizedLinear,
+    is_plain_or_quantized,
+    quantize_linears,
+    quantized_linears,
+    scale_of,
+)
 
-__all__ = ["FusedHead", "FusedLayer", "check_fusible", "fuse", "unfuse"]
+__all__ = ["FusedHead", "FusedLayer", "add_linear", "check_fusible", "fuse", "unfuse"]
 
 
 class Packed:
-    """Linears that read the same input: their weights (and biases) stacked in one tensor, of which
-    the linears' parameters are views."""
+    """Linears that read the same input: their weights (and scales and biases) stacked in one tensor
+    each, of which the linears' own are views."""
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent = parent
         self.names = names
         self.pack()
 
-    @torch.no_grad()
     def pack(self) -> None:
-        linears = [self.parent._modules[name] for name in self.names]
-        self.weight, self._views = _stack([linear.weight for linear in linears])
-        self.bias = None
-        if linears[0].bias is not None:
-            self.bias, views = _stack([linear.bias for linear in linears])
-            self._views += views
+        self._views: list[Tensor] = []
+        self.weight = self._stacked("weight")
+        self.weight_scale = self._stacked("weight_scale")
+        self.bias = self._stacked("bias")
+
+    @torch.no_grad()
+    def _stacked(self, kind: str) -> Tensor | None:
+        tensors = self._tensors(kind)
+        if any(t is None for t in tensors):
+            return None
+        stacked, views = _stack(tensors)
+        self._views += views
+        return stacked
+
+    def _tensors(self, kind: str) -> list[Tensor | None]:
+        modules = self.parent._modules
+        return [getattr(modules[name], kind, None) for name in self.names]
 
     def is_current(self) -> bool:
         """False once a parameter was given other memory: by ``.to()``, by assignment."""
-        modules = self.parent._modules
-        tensors = [modules[name]._parameters["weight"] for name in self.names]
+        tensors = self._tensors("weight")
+        if self.weight_scale is not None:
+            tensors += self._tensors("weight_scale")
         if self.bias is not None:
-            tensors += [modules[name]._parameters["bias"] for name in self.names]
+            tensors += self._tensors("bias")
         return all(t.data_ptr() == v.data_ptr() for t, v in zip(tensors, self._views))
 
     @torch.no_grad()
     def unpack(self) -> None:
         """Every parameter in memory of its own again."""
-        for name in self.names:
-            for parameter in self.parent._modules[name].parameters():
-                parameter.data = parameter.data.clone()
+        for kind in ("weight", "weight_scale", "bias"):
+            for tensor in self._tensors(kind):
+                if tensor is not None:
+                    tensor.data = tensor.data.clone()
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles pack what they got
         return Packed, (self.parent, self.names)
@@ -128,13 +147,14 @@ class FusedLayer:
         given other memory are packed again."""
         if any(map(_is_observed, self._inside)):
             return False
-        if any(type(linear) is not nn.Linear for linear in self._linears()):
+        if not all(map(is_plain_or_quantized, self._linears())):
             return False
         if not torch.compiler.is_compiling():  # addresses mean nothing while tracing
-            self._pack()
+            self.pack()
         return True
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Packs what was given other memory since."""
         for pack in self._packs:
             if not pack.is_current():
                 pack.pack()
@@ -150,20 +170,21 @@ class FusedLayer:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """``.to()`` and its like move one parameter at a time, out of the packed tensor."""
         super()._apply(fn, recurse)
-        if all(type(linear) is nn.Linear for linear in self._linears()):
-            self._pack()
+        if all(map(is_plain_or_quantized, self._linears())):
+            self.pack()
         return self
 
     def _mlp(self, x: Tensor) -> Tensor:
-        norm, down, pack = self.post_attention_layernorm, self.mlp.down_proj, self._packs[-1]
+        norm, pack = self.post_attention_layernorm, self._packs[-1]
+        options = {"norm_eps": norm.variance_epsilon, "weight_scale": pack.weight_scale}
         if pack.bias is None:
-            y = nk.norm_swiglu(x, norm.weight, pack.weight, norm_eps=norm.variance_epsilon)
+            y = nk.norm_swiglu(x, norm.weight, pack.weight, **options)
         else:
-            gate, up = nk.norm_linear(
-                x, norm.weight, pack.weight, pack.bias, norm_eps=norm.variance_epsilon
-            ).chunk(2, dim=-1)
+            gate, up = nk.norm_linear(x, norm.weight, pack.weight, pack.bias, **options).chunk(
+                2, -1
+            )
             y = F.silu(gate) * up
-        return nk.residual_linear(y, down.weight, down.bias, residual=x)
+        return add_linear(x, self.mlp.down_proj, y)
 
 
 class FusedLinearizedDecoderLayer(FusedLayer, LinearizedDecoderLayer):
@@ -229,14 +250,13 @@ class FusedAttentionLayer(FusedLayer):
             **kwargs,
         )
         y = y.reshape(*hidden_states.shape[:-1], -1)
-        out = attention.o_proj
-        x = nk.residual_linear(y, out.weight, out.bias, residual=hidden_states)
-        return self._mlp(x)
+        return self._mlp(add_linear(hidden_states, attention.o_proj, y))
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(B, T, H + 2 H_kv, D): the heads of q, then of k, then of v, not rotated yet."""
         norm, pack = self.input_layernorm, self._packs[0]
-        qkv = nk.norm_linear(x, norm.weight, pack.weight, pack.bias, norm_eps=norm.variance_epsilon)
+        options = {"norm_eps": norm.variance_epsilon, "weight_scale": pack.weight_scale}
+        qkv = nk.norm_linear(x, norm.weight, pack.weight, pack.bias, **options)
         return qkv.unflatten(-1, (-1, self.self_attn.head_dim))
 
     @property
@@ -288,8 +308,13 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 
 def fuse(module: nn.Module) -> None:
-    """Gives a decoder layer or a head its fused class, in place; one that has it stays."""
-    if type(module) in _STOCK:
+    """Gives a decoder layer or a head its fused class, in place; one that has it stays, and so does
+    a quantized head. Where some of its linears are quantized, the others (a new map) become so."""
+    example = next(quantized_linears(module), None)
+    if example is not None:
+        kept = example.original is not None
+        quantize_linears(module, example.format, keep_original=kept)
+    if type(module) in _STOCK or type(module) is QuantizedLinear:
         return
     module.__class__ = _FUSED[type(module)]
     if isinstance(module, FusedLayer):
@@ -305,6 +330,13 @@ def unfuse(module: nn.Module) -> None:
     module.__class__ = _STOCK[type(module)]
 
 
+def add_linear(x: Tensor, linear: nn.Module, features: Tensor) -> Tensor:
+    """x + W features + b."""
+    return nk.residual_linear(
+        features, linear.weight, linear.bias, residual=x, weight_scale=scale_of(linear)
+    )
+
+
 def check_fusible(layer: nn.Module, name: str) -> None:
     """ValueError, which begins with `name`, for a decoder layer that cannot be fused as it is."""
     if type(layer) not in _FUSED:
@@ -314,6 +346,14 @@ def check_fusible(layer: nn.Module, name: str) -> None:
     for where, module in layer.named_modules():
         if "forward" in vars(module):
             raise ValueError(f"{name}: the forward of {where or 'the layer'} was replaced")
+    check_plain(layer, name)
+    places = {(p.dtype, p.device) for p in layer.parameters()}
+    if len(places) > 1:
+        raise ValueError(f"{name}: expected weights of one dtype on one device, got {places}")
+
+
+def check_plain(layer: nn.Module, name: str) -> None:
+    """ValueError, which begins with `name`, unless the stock linears of a layer are plain ones."""
     parts = {"mlp": ("gate_proj", "up_proj", "down_proj")}
     if hasattr(layer, "self_attn"):
         parts["self_attn"] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -325,9 +365,6 @@ def check_fusible(layer: nn.Module, name: str) -> None:
                     f"{name}.{parent}.{child}: expected a plain nn.Linear, "
                     f"got {_class_name(linear)} with a weight of {_class_name(linear.weight)}"
                 )
-    places = {(p.dtype, p.device) for p in layer.parameters()}
-    if len(places) > 1:
-        raise ValueError(f"{name}: expected weights of one dtype on one device, got {places}")
 
 
 def sliding_window(attention: nn.Module) -> int | None:

@@ -23,6 +23,7 @@ from .models import (
     linearized_layers,
     model_type_of,
 )
+from .quantized import quantized_linears, restore_linears
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -142,6 +143,11 @@ def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     return model
 
 
+def forget_originals(model: PreTrainedModel) -> None:
+    """Frees the layers that were kept aside for :func:`restore`."""
+    vars(model).pop(_ORIGINALS, None)
+
+
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes every :func:`linearize`, :func:`drop` and :func:`nbl.optimize`, in place.
 
@@ -150,19 +156,27 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     it was moved meanwhile. A model to which nothing was done is left as it is. Returns model.
 
     Linearized layers that came with a checkpoint have no original to return to. Such a model, where
-    it was optimized, is only un-optimized.
+    it was optimized, is only un-optimized. Quantized weights are exchanged for the original ones,
+    bit for bit, where ``nbl.optimize(…, keep_original=True)`` kept them.
 
     Raises:
-        ValueError: such a model that is not optimized, or a draft; it is untouched.
+        ValueError: a quantized model whose original weights are gone, a model with maps of a
+            checkpoint that is not optimized, a draft. It is untouched.
     """
     family = family_of(model)
     check_no_draft(model)
+    if has_lost_weights(model):
+        raise ValueError(
+            "the model was quantized by nbl.optimize(…, weights=…) and its original weights are "
+            "gone: load the model again, or optimize with keep_original=True what is to be restored"
+        )
     optimized = any(isinstance(layer, FusedLayer) for layer in model.model.layers)
-    for module in (*model.model.layers, model.lm_head):
+    originals = vars(model).get(_ORIGINALS, {})
+    for module in (*model.model.layers, *originals.values(), model.lm_head):
+        restore_linears(module, like=model.model.norm.weight)
         unfuse(module)
     if type(model) is family.causal_lm:
         return model
-    originals = vars(model).get(_ORIGINALS, {})
     lost = [i for i in linearized_layers(model) if i not in originals]
     if lost and optimized:
         return model
@@ -232,6 +246,11 @@ def check_dtype(model: PreTrainedModel) -> None:
         raise ValueError(f"expected a model in float32, bfloat16 or float16, got {dtype}")
 
 
+def has_lost_weights(model: PreTrainedModel) -> bool:
+    """Whether weights are quantized and not all of the original ones were kept."""
+    return any(linear.original is None for linear in quantized_linears(model))
+
+
 def check_no_draft(model: PreTrainedModel) -> None:
     """ValueError for what :func:`nbl.draft_model` made: most of its layers are another model's."""
     if getattr(model, DRAFT_ORDER, None) is not None:
@@ -299,8 +318,8 @@ def _template(model: PreTrainedModel, layer_id: int, spec: LayerSpec) -> torch.n
         and not hasattr(layer, "input_layernorm")
     ):
         raise ValueError(
-            f"layer {layer_id} was loaded from a checkpoint without an input norm; it cannot "
-            "get a map of post-norm features"
+            f"layer {layer_id} was loaded from a checkpoint without an input norm, or quantized "
+            "without keep_original; it cannot get a map of post-norm features"
         )
     return layer
 
@@ -311,9 +330,10 @@ def _replace(model: PreTrainedModel, replacements: Mapping[int, LinearizedDecode
         return
     become_nbl(model)
     originals = vars(model).setdefault(_ORIGINALS, {})
+    restorable = not has_lost_weights(model)
     layers = model.model.layers
     for i, replacement in replacements.items():
-        if not isinstance(layers[i], LinearizedDecoderLayer):
+        if restorable and not isinstance(layers[i], LinearizedDecoderLayer):
             originals[i] = layers[i]
         replacement.train(layers[i].training)
         if isinstance(layers[i], FusedLayer):  # an optimized model stays one

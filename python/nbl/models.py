@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,6 +46,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import nbl_kernels as nk
+
+from .quantized import quantized_linears, scale_of
 
 __all__ = [
     "FAMILIES",
@@ -214,10 +215,11 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             norm_eps = self.input_layernorm.variance_epsilon
             norm = {"norm_weight": self.input_layernorm.weight, "norm_eps": norm_eps}
         if self.spec.rank is None:
-            return nk.residual_linear(x, self.linear.weight, self.linear.bias, **norm)
-        v = self.linear_v.weight
-        g = nk.norm_linear(x, weight=v, **norm) if norm else F.linear(x, v)
-        return nk.residual_linear(g, self.linear_u.weight, self.linear_u.bias, residual=x)
+            linear, scale = self.linear, scale_of(self.linear)
+            return nk.residual_linear(x, linear.weight, linear.bias, weight_scale=scale, **norm)
+        u, v = self.linear_u, self.linear_v
+        g = nk.norm_linear(x, weight=v.weight, weight_scale=scale_of(v), **norm) if norm else v(x)
+        return nk.residual_linear(g, u.weight, u.bias, residual=x, weight_scale=scale_of(u))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in asdict(self.spec).items())
@@ -333,6 +335,18 @@ def empty_linearized_entries(cache: Cache, config: PreTrainedConfig) -> None:
 
 
 class NblPreTrainedMixin:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but ValueError for a quantized model, before anything is written: no
+        checkpoint format of transformers would say what the numbers mean."""
+        quantized = next(quantized_linears(self), None)
+        if quantized is not None:
+            raise ValueError(
+                f"the model's weights are quantized to {quantized.format}, which a checkpoint "
+                "cannot hold: save it before nbl.optimize(…, weights=…), or after nbl.restore, and "
+                "optimize what is loaded"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers', but ValueError when a map is missing from the checkpoint or has another

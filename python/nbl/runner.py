@@ -20,10 +20,11 @@ import nbl_kernels as nk
 
 from .attention import FlashInferAttention, SdpaAttention, allocate_cache, load_flashinfer
 from .drafting import DraftReport, count_accepted
-from .fused import FusedHead, FusedLayer, fuse, sliding_window
+from .fused import FusedHead, FusedLayer, add_linear, fuse, sliding_window
 from .linearization import DRAFT_ORDER
 from .models import family_of
 from .optimization import optimize
+from .quantized import QuantizedLinear, scale_of
 
 __all__ = ["Runner"]
 
@@ -90,7 +91,7 @@ class Runner:
                 "use model.generate"
             )
         head = model.lm_head
-        if type(head) not in (nn.Linear, FusedHead):
+        if type(head) not in (nn.Linear, FusedHead, QuantizedLinear):
             raise ValueError(f"lm_head: expected a plain nn.Linear, got {type(head).__name__}")
         weight = model.model.norm.weight
         if cuda_graphs and weight.device.type != "cuda":
@@ -442,9 +443,8 @@ class Runner:
 
     def _head(self, x: Tensor) -> Tensor:
         norm, head = self.model.model.norm, self.model.lm_head
-        return nk.norm_linear(
-            x, norm.weight, head.weight, head.bias, norm_eps=norm.variance_epsilon
-        )
+        options = {"norm_eps": norm.variance_epsilon, "weight_scale": scale_of(head)}
+        return nk.norm_linear(x, norm.weight, head.weight, head.bias, **options)
 
     def _attention(self, layer: Any, kept: _Kept, x: Tensor, span: _Span) -> Tensor:
         """x + o_proj(attention): rotates q and k, appends k and v to the cache, attends to it."""
@@ -461,8 +461,7 @@ class Runner:
             **kept.head_norms(layer.self_attn),
         )
         y = self._attend(q, keys, values, span.views[kept.window], kept.scaling)
-        out = layer.self_attn.o_proj
-        return nk.residual_linear(y.reshape(rows, length, -1), out.weight, out.bias, residual=x)
+        return add_linear(x, layer.self_attn.o_proj, y.reshape(rows, length, -1))
 
     def _span(self, batch: _Batch, start: int, end: int) -> _Span:
         """Tokens in slots start to end, their keys and values being appended."""
@@ -701,7 +700,7 @@ class _Graphs:
     def prepare(self, rows: int, first: int, end: int) -> None:
         stacks = (self.runner._stack, *self.runner._drafts[-1:])
         modules = (self.runner.model, *(layer for stack in stacks for layer in stack.layers))
-        weights = tuple(p.data_ptr() for module in modules for p in module.parameters())
+        weights = tuple(t.data_ptr() for m in modules for t in (*m.parameters(), *m.buffers()))
         if weights != self.weights:  # graphs hold their addresses
             self.graphs.clear()
             self.pool = None

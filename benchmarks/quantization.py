@@ -1,0 +1,188 @@
+"""What 8 and 4 bits cost and what they give: perplexity of the demo model, decode of a larger one.
+
+The perplexities are those of the shipped model on its held-out text, dense and with half of its
+layers linearized. The decode times are of random weights, in layers of Llama-3.2-1B's shape and out
+of cache. All models take turns in one run; a ratio compares two times of the same turn. What the
+bytes predict: the bf16 model's bytes per step (weights, keys and values) over the model's own.
+
+    python benchmarks/quantization.py
+    python benchmarks/quantization.py --calibration-tokens 16384 --layers 2 --repeats 3 --json none
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import machine
+import nbl
+import nbl.demo
+import torch
+import transformers
+from nbl.models import LayerSpec, NblLlamaConfig, NblLlamaForCausalLM, config_entry
+from transformers import PreTrainedModel
+
+from nbl_kernels.quantization import FORMATS
+
+RESULT = Path(__file__).parent / "results" / "quantization.json"
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 32_000,  # a head in proportion to the few layers
+}
+CONTEXT = 128
+
+
+def perplexities(calibration_tokens: int) -> list[dict[str, Any]]:
+    """The demo model in bf16 and in every format, dense and with half of its layers linearized."""
+    model, tokenizer = nbl.demo.load(torch.bfloat16)
+    settings = {"length": 512, "batch_size": 8}
+    calibration = nbl.demo.token_batches(
+        tokenizer, "calibration", **settings, max_tokens=calibration_tokens
+    )
+    test = nbl.demo.token_batches(tokenizer, "test", **settings, max_tokens=16_384)
+    cal = nbl.calibrate(model, calibration, progress=False)
+    half = model.config.num_hidden_layers // 2
+    options = {"criterion": "loss", "batches": calibration[:4]}
+    linearized = nbl.linearize(copy.deepcopy(model), cal, half, **options)
+    rows = []
+    for name, start in {"dense": model, f"NBL-{half}": linearized}.items():
+        for weights in (None, *FORMATS):
+            quantized = nbl.optimize(copy.deepcopy(start), weights=weights)
+            found = nbl.perplexity(quantized, test)
+            base = rows[-1]["base"] if weights else found.value
+            rows.append(
+                {
+                    "model": name,
+                    "layers": nbl.linearized_layers(start),
+                    "weights": weights or "bf16",
+                    "perplexity": found.value,
+                    "base": base,
+                    "tokens": found.tokens,
+                    "weight_bytes": nbl.weight_bytes(quantized),
+                }
+            )
+    return rows
+
+
+def random_model(layers: int, linearized: int) -> PreTrainedModel:
+    specs = {i: LayerSpec("linear", bias=True) for i in range(layers - linearized, layers)}
+    config = NblLlamaConfig(
+        **SHAPE,
+        num_hidden_layers=layers,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+        nbl=config_entry(specs),
+    )
+    model = NblLlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    for i in specs:
+        torch.nn.init.normal_(model.model.layers[i].linear.weight, std=0.01)
+    return model
+
+
+def step_seconds(runner: nbl.Runner, prompt: torch.Tensor, steps: int) -> float:
+    """Seconds per new token, the prompt and the first one done."""
+    stream = runner.stream(prompt, steps + 1)
+    next(stream)
+    start = time.perf_counter()
+    for _ in stream:
+        pass
+    return (time.perf_counter() - start) / steps
+
+
+def decode_speeds(layers: int, steps: int, repeats: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    runners: dict[tuple[str, str], nbl.Runner] = {}
+    for linearized in (0, layers // 2):
+        model = random_model(layers, linearized)
+        for weights in (None, *FORMATS):
+            own = nbl.optimize(copy.deepcopy(model), weights=weights)
+            name = f"NBL-{linearized}" if linearized else "dense"
+            runners[name, weights or "bf16"] = nbl.Runner(own, 1, CONTEXT + steps + 1)
+    prompt = torch.randint(SHAPE["vocab_size"], (1, CONTEXT - steps // 2))  # CONTEXT on average
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
+    for runner in runners.values():
+        step_seconds(runner, prompt, 2)
+    for _ in range(repeats):
+        for key, runner in runners.items():
+            times[key].append(step_seconds(runner, prompt, steps))
+    rows = []
+    for (name, weights), runner in runners.items():
+        kv = runner.kv_cache_bytes // runner.max_length * CONTEXT
+        read = nbl.weight_bytes(runner.model) + kv
+        base = rows[-1]["base_bytes"] if weights != "bf16" else read
+        ratios = [b / t for b, t in zip(times[name, "bf16"], times[name, weights], strict=True)]
+        seconds = statistics.median(times[name, weights])
+        rows.append(
+            {
+                "model": name,
+                "weights": weights,
+                "bytes": read,
+                "base_bytes": base,
+                "milliseconds": 1e3 * seconds,
+                "gigabytes_per_second": read / seconds / 1e9,
+                "speedup_predicted": base / read,
+                "speedup": statistics.median(ratios),
+                "speedup_range": [min(ratios), max(ratios)],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=98_304, help="of the demo model")
+    parser.add_argument("--layers", type=int, default=8, help="of the random model")
+    parser.add_argument("--steps", type=int, default=16, help="tokens per repetition")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", default=str(RESULT), metavar="FILE", help="none: nowhere")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    quality = perplexities(options.calibration_tokens)
+    print(f"{'demo model':<10} {'weights':<8} {'perplexity':>10} {'change':>8} {'bytes':>10}")
+    for row in quality:
+        change = row["perplexity"] / row["base"] - 1
+        print(
+            f"{row['model']:<10} {row['weights']:<8} {row['perplexity']:>10.2f} {change:>+8.2%} "
+            f"{row['weight_bytes']:>10,}"
+        )
+    speed = decode_speeds(options.layers, options.steps, options.repeats)
+    print(f"\n{'decode':<10} {'weights':<8} {'MB':>7} {'ms':>7} {'GB/s':>5} {'predicted':>9} ×bf16")
+    for row in speed:
+        low, high = row["speedup_range"]
+        print(
+            f"{row['model']:<10} {row['weights']:<8} {row['bytes'] / 1e6:>7.0f} "
+            f"{row['milliseconds']:>7.1f} {row['gigabytes_per_second']:>5.1f} "
+            f"{row['speedup_predicted']:>9.2f} {row['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        )
+    record = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "environment": machine.environment() | {"transformers": transformers.__version__},
+        "calibration_tokens": options.calibration_tokens,
+        "perplexity": quality,
+        "shape": SHAPE | {"num_hidden_layers": options.layers, "context": CONTEXT},
+        "repeats": options.repeats,
+        "steps": options.steps,
+        "decode": speed,
+    }
+    if options.json != "none":
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
