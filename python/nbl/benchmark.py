@@ -19,6 +19,7 @@ tokens per second if nothing but that work took time.
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +48,7 @@ __all__ = [
     "our_engines",
     "plot",
     "prefill_flops",
+    "sweep",
     "table",
     "twin",
 ]
@@ -378,6 +380,46 @@ class MatmulRate:
 # --- measuring ------------------------------------------------------------------------------------
 
 
+def sweep(
+    model: PreTrainedModel,
+    *,
+    kinds: Iterable[str],
+    batches: Iterable[int],
+    contexts: Iterable[int],
+    layers: Iterable[int],
+    compiled: bool = False,
+    weights: str | None = None,
+    calibration: nbl.Calibration | None = None,
+    steps: int = 8,
+    repetitions: int = 5,
+    say: Callable[[str], None] = lambda text: None,
+    show: Callable[[dict[str, Any]], None] = lambda case: None,
+) -> list[dict[str, Any]]:
+    """A case for each kind, batch and context; `show` gets each when it is measured. `model` is
+    optimized in place. Other arguments as of measure_decode and model_engines."""
+    kinds = list(kinds)
+    if "decode" in kinds:
+        for context in contexts:
+            _prompt_length(context, steps, repetitions)  # refused now rather than in an hour
+    engines = model_engines(
+        model, layers, compiled=compiled, calibration=calibration, weights=weights
+    )
+    options: dict[str, Any] = {"repetitions": repetitions, "say": say}
+    cases = []
+    for kind in kinds:
+        if kind == "decode":
+            limit = Bandwidth(model.device)
+            measure = functools.partial(measure_decode, bandwidth=limit, steps=steps)
+        else:
+            limit = MatmulRate(model.device, model.dtype)
+            measure = functools.partial(measure_prefill, matmul=limit)
+        for batch in batches:
+            for context in contexts:
+                cases.append(measure(engines, batch=batch, context=context, **options))
+                show(cases[-1])
+    return cases
+
+
 def measure_decode(
     engines: Sequence[Engine],
     *,
@@ -395,13 +437,8 @@ def measure_decode(
         bandwidth: rates of reading, measured at every call.
         say: is told what is being done.
     """
-    room = 1 + _WARM_UP + steps * repetitions
-    length = context - room // 2
-    if length < 1:
-        raise ValueError(
-            f"context: expected at least {1 + room // 2} for {repetitions} repetitions of {steps} "
-            f"tokens, which it is the mean of, got {context}"
-        )
+    room = _room(steps, repetitions)
+    length = _prompt_length(context, steps, repetitions)
     prompts = _prompts(engines[0].model, batch, length)
     first = {}
 
@@ -460,6 +497,21 @@ def measure_prefill(
         "in_turns": in_turns,
         "absent": absent,
     }
+
+
+def _room(steps: int, repetitions: int) -> int:
+    """New tokens of a case of decode, the one that the prompt gives among them."""
+    return 1 + _WARM_UP + steps * repetitions
+
+
+def _prompt_length(context: int, steps: int, repetitions: int) -> int:
+    half = _room(steps, repetitions) // 2
+    if context <= half:
+        raise ValueError(
+            f"context: expected at least {half + 1} for {repetitions} repetitions of {steps} "
+            f"tokens, half of which it counts, got {context}"
+        )
+    return context - half
 
 
 def _prompts(model: PreTrainedModel, batch: int, length: int) -> Tensor:
