@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,7 +228,6 @@ def our_engines(
                 cal, maps = _random_maps(model, count - own)
                 layers = list(maps)
             linearized = nbl.draft_model(model, cal, layers, maps=maps)
-            nbl.optimize(linearized, **options)
         name = f"ours NBL-{count}" if count else "ours dense"
         engines.append(Ours(linearized, f"{name}, {weights}" if weights else name))
     return engines
@@ -300,16 +300,15 @@ def _attentions(model: PreTrainedModel) -> Iterator[Any]:
 
 
 def decode_bytes(model: PreTrainedModel, batch: int, context: int) -> float:
-    """Bytes that one decode step of `batch` rows must read: every weight once, of the embedding one
-    row each, and the keys and values of `context` tokens per row, within each layer's window."""
-    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-    read = sum(t.nbytes for t in _weights(model))
-    if embedding.data_ptr() != head.data_ptr():
-        read -= embedding.nbytes
+    """Bytes that one decode step of `batch` rows must read: the weights of layers, last norm and
+    head once, as they are stored, and the keys and values of `context` tokens per row, within
+    each layer's window. (Of the embedding it reads some rows: nothing.)"""
+    parts = (*model.model.layers, model.model.norm, model.lm_head)
+    read = sum(t.nbytes for m in parts for t in itertools.chain(m.parameters(), m.buffers()))
     for attention in _attentions(model):
         tokens = min(context, sliding_window(attention) or context)
         kv_size = attention.k_proj.out_features + attention.v_proj.out_features
-        read += batch * tokens * kv_size * embedding.itemsize
+        read += batch * tokens * kv_size * model.model.norm.weight.itemsize
     return read
 
 
@@ -329,11 +328,6 @@ def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> float:
         pairs = length * window - window * (window - 1) / 2
         flops += 4.0 * batch * pairs * attention.q_proj.out_features
     return flops + 2.0 * batch * model.lm_head.in_features * model.lm_head.out_features
-
-
-def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Every weight once; rotary frequencies and their like are no weights."""
-    yield from {t.data_ptr(): t for t in model.parameters()}.values()
 
 
 class Bandwidth:
