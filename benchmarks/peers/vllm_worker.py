@@ -65,7 +65,7 @@ def load():
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # a prompt again is a prompt to be run again
         "kv_cache_memory_bytes": kv_bytes,
-        "max_num_batched_tokens": max(2048, min(max_length, 8192)),
+        "max_num_batched_tokens": max(512, min(max_length, 8192)),
         "seed": 0,
     }
     mode = "compiled"
