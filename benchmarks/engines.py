@@ -129,6 +129,7 @@ def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measures, shows and writes down."""
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     out, err = Console(width=120, highlight=False), Console(stderr=True, highlight=False)
 
     def say(text: str) -> None:
