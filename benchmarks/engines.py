@@ -135,6 +135,9 @@ def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     def say(text: str) -> None:
         err.print(f"  {text}", style="dim")
 
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load and load > 0.5:
+        say(f"note: load average {load:.1f} before the start; figures of a busy machine are low")
     say(f"random weights, {options.shape}")
     model = random_model(options.shape, options.device)
     device = model.device
@@ -173,6 +176,7 @@ def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                 "threads": torch.get_num_threads(),
                 "transformers": transformers.__version__,
                 "nbl": nbl.__version__,
+                "load_average_before": load,
                 "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
             },
             "peers": {peer.name: peer.settings for peer in peers},
