@@ -650,7 +650,7 @@ def table(case: dict[str, Any]) -> Table:
         )
     for name, (ceiling, work) in _ceilings(case).items():
         rate = f"{case['limit']['rate'] / 1e9:,.1f} {unit}"
-        amount = f"{work / 1e9:,.2f} G{'B' if case['kind'] == 'decode' else 'FLOP'} at {rate}"
+        amount = f"{_short(work / 1e9)} G{'B' if case['kind'] == 'decode' else 'FLOP'} at {rate}"
         shown.add_row(name, _short(ceiling), amount, "", "100 %", style="dim")
     for name, why in case["absent"].items():
         shown.add_row(name, "absent", why, "", "", style="yellow")
