@@ -17,7 +17,17 @@ from nbl.output import new_folder, write_file, write_record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
-COMMANDS = ("calibrate", "rank", "compress", "eval", "generate", "report", "demo", "doctor")
+COMMANDS = (
+    "calibrate",
+    "rank",
+    "compress",
+    "eval",
+    "generate",
+    "report",
+    "bench",
+    "demo",
+    "doctor",
+)
 TEXT = "".join(f"def f{i}(x):\n    return {i} * x + {i * i % 97}\n" for i in range(400))
 
 

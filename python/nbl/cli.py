@@ -39,7 +39,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import nbl
-from nbl import measure, report
+from nbl import benchmark, measure, report
 from nbl.output import new_folder, plain, write_file, write_record
 from nbl.text import count_tokens, load_texts, split_documents, token_batches
 
@@ -630,6 +630,105 @@ def _report(
 
 
 @_command
+def bench(
+    model: Model,
+    batch: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Sequences generated at once.")
+    ] = "1",
+    context: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Tokens of the prompt (prefill), or attended to on average (decode).",
+        ),
+    ] = "128",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M[,M...]",
+            help="How many layers are linear maps.",
+            show_default="0, a quarter and a half of them; as it is, for a compressed model",
+        ),
+    ] = None,
+    kind: Annotated[
+        Literal["both", "decode", "prefill"], typer.Option(help="What to measure.")
+    ] = "both",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Also transformers with a static cache and torch.compile (takes minutes).",
+        ),
+    ] = False,
+    weights: Annotated[
+        Literal["int8", "fp8", "int4"] | None,
+        typer.Option(help="Quantize the weights of ours.", show_default="as they are"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CAL", help="Take the maps from it.", show_default="random maps, just as fast"
+        ),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of which the median is shown.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens per repetition of decode.")] = 8,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Also draw a plot, a PNG.", show_default="none"
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that nbl did not write.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> dict:
+    """Measure decode and prefill: transformers, nbl dense and linearized, and what the machine can.
+
+    Example: `nbl bench meta-llama/Llama-3.2-1B --batch 1,8 --context 512 --layers 0,8 -o speed.png`
+    """
+    if output is not None:
+        _need_matplotlib()
+    start = time.perf_counter()
+    batches, contexts = _parse_counts("batch", batch, 1), _parse_counts("context", context, 2)
+    counts = None if layers is None else _parse_counts("layers", layers, 0)
+    loaded, _ = _load(model, dtype, device)
+    limit = _limit(loaded)
+    if max(contexts) > limit:
+        raise ValueError(f"context: expected at most {limit}, the model's, got {max(contexts)}")
+    own, total = len(nbl.linearized_layers(loaded)), loaded.config.num_hidden_layers
+    if counts is None:
+        counts = [own] if own else sorted({0, total // 4, total // 2})
+    found = nbl.Calibration.load(calibration) if calibration else None
+    record = _record("bench", model, loaded)
+    cases = benchmark.sweep(
+        loaded,
+        kinds=("decode", "prefill") if kind == "both" else (kind,),
+        batches=batches,
+        contexts=contexts,
+        layers=counts,
+        compiled=compiled,
+        weights=weights,
+        calibration=found,
+        steps=steps,
+        repetitions=repetitions,
+        say=lambda text: _err.print(text, style="dim"),
+        show=lambda case: _out.print(benchmark.table(case)),
+    )
+    record |= {"cases": cases, "weights": weights, "seconds": time.perf_counter() - start}
+    if found is None and any(m > own for m in counts):
+        record["notes"] = [benchmark.RANDOM_MAPS]
+        _out.print(benchmark.RANDOM_MAPS, style="dim")
+    if output is not None:
+        write_file(output, benchmark.plot(cases), overwrite=overwrite)
+        _done(output, start)
+    return {**record, "output": output and str(output)}
+
+
+@_command
 def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")
@@ -947,6 +1046,17 @@ def _parse_layers(given: str, count: int) -> int | list[int]:
     ):
         raise ValueError(f"{wanted}, got {given!r}")
     return ids
+
+
+def _parse_counts(name: str, given: str, least: int) -> list[int]:
+    """ "1,8" as [1, 8]."""
+    try:
+        counts = [int(part) for part in given.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < least or len(set(counts)) < len(counts):
+        raise ValueError(f"{name}: expected numbers from {least} on (as 1,8), got {given!r}")
+    return counts
 
 
 def _first(batches: list, tokens: int) -> list:

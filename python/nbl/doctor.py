@@ -14,7 +14,7 @@ import torch
 import nbl
 
 OPTIONAL = {
-    "matplotlib": "nbl report",
+    "matplotlib": "nbl report, plots of nbl bench",
     "datasets": "--text dataset:NAME",
     "cupy": "CuPy arrays as arguments",
     "flashinfer": "attention of nbl.Runner on a GPU",

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from nbl.measure import order
 from nbl.output import MARK, RECORD
@@ -70,10 +71,15 @@ def render_png(record: dict) -> dict[str, bytes]:
     """File name -> PNG of every plot that the record has the numbers for."""
     images = {}
     for title, (draw, _) in _PLOTS.items():
-        data = _draw(draw, record, _LIGHT, "png")
+        data = render_plot(draw, record)
         if data is not None:
             images[title.lower().replace(" ", "_").replace("-", "_") + ".png"] = data
     return images
+
+
+def render_plot(draw: Callable, record: Any) -> bytes | None:
+    """One plot as PNG: draw(figure, record, theme) returns False where the numbers are missing."""
+    return _draw(draw, record, _LIGHT, "png")
 
 
 # ---- plots -------------------------------------------------------------------------------------
