@@ -242,7 +242,8 @@ class Peer:
         """It keeps its cache, which is its own affair."""
 
     def stop(self) -> None:
-        self._process.stdin.close()  # the end of requests: it leaves by itself
+        with contextlib.suppress(OSError):  # it may have ended before
+            self._process.stdin.close()  # the end of requests: it leaves by itself
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,7 @@
 """`nbl bench` and what it counts; who takes turns when; peers in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -154,9 +155,9 @@ def test_a_compressed_model_is_measured_as_it_is(tiny_model):
 class Fake:
     """An engine that writes down what it is asked."""
 
-    def __init__(self, name, model, calls, fails=None, optional=False, room_for=9):
+    def __init__(self, name, model, calls, fails=None, optional=False, room_for=9, lasts=9):
         self.name, self.model, self.calls, self.optional = name, model, calls, optional
-        self.fails, self.room_for = fails, room_for
+        self.fails, self.room_for, self.lasts = fails, room_for, lasts
         self.is_open = False
 
     def prefill(self, prompts, room):
@@ -169,6 +170,8 @@ class Fake:
         return 1.0, [7]
 
     def decode(self, steps):
+        if self.calls.count(f"{self.name} {steps}") == self.lasts:
+            raise RuntimeError("it ended")
         self.calls.append(f"{self.name} {steps}")
         return 0.5
 
@@ -201,6 +204,9 @@ def test_who_fails_is_absent_if_it_may(tiny_model):
     assert [row["engine"] for row in case["rows"]] == ["a"]
     with pytest.raises(RuntimeError, match="no compiler"):
         take_turns([Fake("a", model, calls), Fake("b", model, calls, **broken)])
+    case = take_turns([Fake("b", model, [], optional=True, lasts=1), Fake("a", model, [])])
+    assert case["absent"] == {"b": "RuntimeError: it ended"}  # in the second repetition
+    assert [(row["engine"], len(row["samples"])) for row in case["rows"]] == [("a", 2)]
 
 
 def test_without_room_for_all_they_go_one_by_one(tiny_model):
@@ -233,7 +239,7 @@ def engines(monkeypatch):
     if not BENCHMARKS.is_dir():
         pytest.skip("the installed package has no benchmarks")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS / "peers"))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS / "peers"), prepend=os.pathsep)
     return pytest.importorskip("engines")
 
 

@@ -530,22 +530,29 @@ def _take_turns(
     samples: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
     absent: dict[str, str] = {}
-    present = []
+
+    def attempt(engine: Engine, call: Callable[[Engine], Any]) -> Any:
+        try:
+            return call(engine)
+        except Exception as error:
+            if not engine.optional or isinstance(error, torch.OutOfMemoryError):
+                raise
+            absent[engine.name] = _reason(error)
+            samples.pop(engine.name, None)
+            return None
+
     try:
         for engine in engines:
-            try:
-                begin(engine)
-                present.append(engine)
-            except Exception as error:
-                if not engine.optional or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                absent[engine.name] = _reason(error)
-                engine.close()
+            attempt(engine, begin)
+        present = [engine for engine in engines if engine.name not in absent]
         for repetition in range(repetitions):
             say(f"repetition {repetition + 1} of {repetitions}")
             for engine in present:
                 time.sleep(_PAUSE)
-                samples.setdefault(engine.name, []).append(turn(engine))
+                taken = attempt(engine, turn)
+                if taken is not None:
+                    samples.setdefault(engine.name, []).append(taken)
+            present = [engine for engine in present if engine.name not in absent]
             for name, rate in limit().items():
                 rates.setdefault(name, []).append(rate)
         return samples, rates, absent, True
