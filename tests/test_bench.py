@@ -95,6 +95,14 @@ def test_what_is_refused(options, message):
 # ---- what is counted -----------------------------------------------------------------------------
 
 
+def test_quantized_engines_read_fewer_bytes():
+    done = bench(*QUICK, "--kind", "decode", "--layers", "0,3", "--weights", "int8", "--json")
+    assert done.exit_code == 0, done.stderr
+    eager, dense, nbl_3 = json.loads(done.stdout)["cases"][0]["rows"]
+    assert [dense["engine"], nbl_3["engine"]] == ["ours dense, int8", "ours NBL-3, int8"]
+    assert nbl_3["work"] < dense["work"] < eager["work"] / 2  # of float32
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_decode_reads_every_weight_once_and_the_cache(tiny_model, tie):
     model = tiny_model("llama", tie_word_embeddings=tie)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ import nbl
 import nbl_kernels as nk
 from nbl.fused import sliding_window
 from nbl.models import model_type_of
+from nbl.optimization import weight_bytes
 from nbl_kernels import machine
 
 __all__ = [
@@ -303,8 +303,7 @@ def decode_bytes(model: PreTrainedModel, batch: int, context: int) -> float:
     """Bytes that one decode step of `batch` rows must read: the weights of layers, last norm and
     head once, as they are stored, and the keys and values of `context` tokens per row, within
     each layer's window. (Of the embedding it reads some rows: nothing.)"""
-    parts = (*model.model.layers, model.model.norm, model.lm_head)
-    read = sum(t.nbytes for m in parts for t in itertools.chain(m.parameters(), m.buffers()))
+    read = weight_bytes(model)
     for attention in _attentions(model):
         tokens = min(context, sliding_window(attention) or context)
         kv_size = attention.k_proj.out_features + attention.v_proj.out_features
