@@ -9,6 +9,7 @@ import nbl
 import pytest
 import torch
 from nbl.models import EmptyCacheLayer
+from tolerance import assert_rounding_only, exact_copy
 from transformers import Cache, DynamicCache, StaticCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")  # as many as these tests need
@@ -135,7 +136,8 @@ def test_continuing_from_a_cache(cache_kind, layers, linearized, tiny_model, pro
         cache, start = out.past_key_values, end
         parts.append(out.logits)
         assert int(cache.get_seq_length()) == end
-    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5 * expected.abs().max()
+    exact = exact_copy(model)(prompt, use_cache=False).logits
+    assert_rounding_only(torch.cat(parts, 1), expected, exact)
     sizes = cached_bytes(cache)
     assert [i for i, size in enumerate(sizes) if size == 0] == layers
     # and generate goes on from there
@@ -212,7 +214,7 @@ def test_assisted_generation(layers, linearized, tiny_model, prompt):
 def test_cache_operations(layers, linearized, prompts):
     model = linearized(layers)
     ids = prompts["input_ids"][:1].repeat(2, 1)
-    expected = model(ids, use_cache=False).logits[:, -1]
+    expected, exact = (m(ids, use_cache=False).logits[:, -1] for m in (model, exact_copy(model)))
     cache = model(ids[:, :8], use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
@@ -220,12 +222,12 @@ def test_cache_operations(layers, linearized, prompts):
     cache.crop(-3)
     assert cache.get_seq_length() == 5
     out = model(ids[:, 5:], past_key_values=cache)
-    assert (out.logits[:, -1] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_rounding_only(out.logits[:, -1], expected, exact)
     list(cache)
     static = StaticCache(config=model.config, max_cache_len=16)
     for _ in range(2):
         out = model(ids, past_key_values=static)
-        assert (out.logits[:, -1] - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert_rounding_only(out.logits[:, -1], expected, exact)
         static.reset()
         assert int(static.get_seq_length()) == 0
 
@@ -272,8 +274,8 @@ def test_compiled_decode_step(linearized, prompt):
     step = torch.compile(model, backend="eager", fullgraph=True)
     for i in range(prompt.shape[1]):
         out = step(prompt[:, i : i + 1], past_key_values=cache)
-    expected = model(prompt, use_cache=False).logits[:, -1:]
-    assert (out.logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    models = (model, exact_copy(model))
+    assert_rounding_only(out.logits, *(m(prompt, use_cache=False).logits[:, -1:] for m in models))
 
 
 @torch.no_grad()
