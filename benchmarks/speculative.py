@@ -1,0 +1,139 @@
+"""Self-speculative decoding: how many drafted tokens are accepted, and what that is worth.
+
+The shipped model continues held-out text greedily, alone and with its own linearized twin drafting:
+by nbl.Runner (`draft_layers`) and by transformers' assisted generation (`assistant_model`). Alone
+and drafted take turns, prompt by prompt; a ratio compares two times of the same turn, and the
+tokens must be equal. The shipped model is small: a pass costs overhead more than bytes, so that
+acceptance says more here than the speed.
+
+    python benchmarks/speculative.py
+    python benchmarks/speculative.py --calibration-tokens 16384 --prompts 2 --json none
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import machine
+import nbl
+import nbl.demo
+import torch
+import transformers
+from torch import Tensor
+
+RESULT = Path(__file__).parent / "results" / "speculative.json"
+PROMPT_TOKENS = 64
+
+
+def timed(call: Callable[[], Tensor]) -> tuple[float, list[int]]:
+    start = time.perf_counter()
+    tokens = call()
+    return time.perf_counter() - start, tokens.tolist()
+
+
+def compare(prompts: Tensor, alone: Callable, drafted: Callable, note: Callable) -> dict[str, Any]:
+    """Speed-up of `drafted` over `alone`, prompt by prompt; `note` is called after each draft."""
+    ratios = []
+    for prompt in prompts.split(1):
+        drafted(prompt[:, :8]), alone(prompt[:, :8])  # warm
+        plain_seconds, plain = timed(lambda p=prompt: alone(p))
+        seconds, tokens = timed(lambda p=prompt: drafted(p))
+        assert tokens == plain, "drafting changed the greedy tokens"
+        note()
+        ratios.append(plain_seconds / seconds)
+    return {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    model, tokenizer = nbl.demo.load(torch.float32)
+    settings = {"length": 512, "batch_size": 8}
+    calibration = nbl.demo.token_batches(
+        tokenizer, "calibration", **settings, max_tokens=options.calibration_tokens
+    )
+    test = nbl.demo.token_batches(tokenizer, "test", **settings, max_tokens=16_384)
+    prompts = torch.cat(list(test))[: options.prompts, :PROMPT_TOKENS]
+    cal = nbl.calibrate(model, calibration, progress=False)
+    count = 3 * model.config.num_hidden_layers // 4
+    draft = nbl.draft_model(model, cal, count, criterion="loss", batches=calibration[:4])
+    nbl.optimize(model)
+    nbl.optimize(draft)
+    runner = nbl.Runner(model, 1, PROMPT_TOKENS + options.tokens, draft=draft)
+    rows = []
+    for layers in range(2, count + 1, 2):
+        reports = []
+        row = compare(
+            prompts,
+            lambda p: runner.generate(p, options.tokens, stop=[])[0],
+            lambda p, m=layers: runner.generate(p, options.tokens, stop=[], draft_layers=m)[0],
+            lambda reports=reports: reports.append(runner.last_draft),
+        )
+        proposed = sum(r.proposed for r in reports)
+        accepted, passes = sum(r.accepted for r in reports), sum(r.passes for r in reports)
+        rows.append(
+            {
+                "engine": "nbl.Runner",
+                "layers": layers,
+                "acceptance": accepted / proposed,
+                "tokens_per_pass": 1 + accepted / passes,
+                **row,
+            }
+        )
+    exactly = {
+        "max_new_tokens": options.tokens,
+        "min_new_tokens": options.tokens,
+        "do_sample": False,
+    }
+    row = compare(
+        prompts,
+        lambda p: model.generate(p, **exactly),
+        lambda p: model.generate(p, **exactly, assistant_model=draft),
+        lambda: None,
+    )
+    return [*rows, {"engine": "transformers, assisted", "layers": count, **row}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=98_304)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128, help="new ones, of each prompt")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", default=str(RESULT), metavar="FILE", help="none: nowhere")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    rows = measure(options)
+    print(f"{'engine':<24} draft layers  accepted  tokens per pass  × alone")
+    for row in rows:
+        low, high = row["speedup_range"]
+        accepted, per_pass = row.get("acceptance"), row.get("tokens_per_pass")
+        print(
+            f"{row['engine']:<24} {row['layers']:>12}  "
+            f"{'' if accepted is None else format(accepted, '.0%'):>8}  "
+            f"{'' if per_pass is None else format(per_pass, '.2f'):>15}  "
+            f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        )
+    record = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "environment": machine.environment() | {"transformers": transformers.__version__},
+        "prompts": options.prompts,
+        "tokens": options.tokens,
+        "rows": rows,
+    }
+    if options.json != "none":
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
