@@ -1,9 +1,8 @@
 """The fused skinny linears: ``out = epilogue(W · prologue(x))``.
 
-CPU kernels: ``csrc/include/nbl/cpu/skinny_linear.h``, launched by ``csrc/cpu/skinny_linear.cpp``.
-Up to 16 rows of x (decode) one kernel reads the weight once; with more rows (prefill) ATen's matrix
-product runs between our normalization and epilogue, or, where that is slower (float32 up to 64
-rows, float16), the kernel runs once for every 16 rows.
+CPU kernels: ``csrc/include/nbl/cpu/skinny_linear.h`` up to 16 rows of x (decode; float32 64, in
+passes of 16), ``wide_linear.h`` beside it for more (prefill), both launched by
+``csrc/cpu/skinny_linear.cpp``, which says where ATen's matrix product is the faster wide one.
 
 CUDA kernels: ``csrc/include/nbl/cuda/skinny_linear.cuh``, launched by
 ``csrc/cuda/skinny_linear.cu`` where ``cuda_paths()`` says so; above 16 rows cuBLASLt
