@@ -31,6 +31,16 @@ def copies_of_weight(n: int, k: int, dtype: torch.dtype, device: str, block_byte
     return weight.expand(copies, n, k).contiguous()
 
 
+@functools.lru_cache(maxsize=1)
+def copies_of_quantized(
+    n: int, k: int, format: str, device: str, block_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """The same in 8 or 4 bits: weights (copies, n, …) and their scales."""
+    weight, scale = nk.quantize(torch.randn(n, k, device=device) / k**0.5, format)
+    copies = max(2, math.ceil(block_bytes / weight.nbytes))
+    return tuple(t.expand(copies, *t.shape).contiguous() for t in (weight, scale))
+
+
 def relative_error(out: Tensor, exact: Tensor) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
@@ -90,6 +100,45 @@ def test_residual_linear(compare, compiled, d: int, dtype: str, m: int) -> None:
         ref=lambda x, w: nk.residual_linear_ref(x, w, b),
         exact=lambda x, w: nk.residual_linear_ref(x, w, b.double()),
     )
+
+
+@pytest.mark.sizes(
+    cpu=[{"d": (2048, 4096), "format": ("int8", "fp8", "int4"), "m": (1, 4, 16)}],
+    cuda=[
+        {"d": (4096,), "format": ("int8", "fp8", "int4"), "m": (1, 4, 16, 17, 512)},
+        {"d": (8192,), "format": ("int8", "fp8", "int4"), "m": (1, 16)},
+    ],
+    dry=[{"d": (64,), "format": ("int8", "fp8", "int4"), "m": DRY_ROWS}],
+)
+def test_quantized_linear(compare, d: int, format: str, m: int) -> None:
+    """Beside PyTorch on the weight in bfloat16. With few rows the time is that of the bytes, so a
+    format should be as much faster as it is smaller: the GPU report has a table of both."""
+    weights, scales = copies_of_quantized(d, d, format, compare.device, compare.block_bytes)
+    dense = nk.dequantize(weights[0], scales[0], d, torch.bfloat16)
+    copies = max(2, math.ceil(compare.block_bytes / dense.nbytes))
+    dense = dense.expand(copies, d, d).contiguous()
+    x = torch.randn(m, d, device=compare.device).bfloat16()
+    exact = nk.residual_linear_ref(x.double(), weights[0], weight_scale=scales[0])
+
+    def ours(i: int) -> Tensor:
+        return nk.residual_linear(x, weights[i], weight_scale=scales[i])
+
+    with torch.inference_mode():
+        compare(
+            "quantized_linear",
+            f"{m}x{d}x{d} {format}",
+            x.dtype,
+            switch="linear",
+            ours=ours,
+            pytorch={"eager, bfloat16 weight": lambda i: x + F.linear(x, dense[i % copies])},
+            ref=lambda i: nk.residual_linear_ref(x, weights[i], weight_scale=scales[i]),
+            copies=len(weights),
+            flops=2 * m * d * d,
+            bytes_read=weights[0].nbytes + scales[0].nbytes + 2 * x.nbytes,
+            weights=weights,
+            error=lambda: relative_error(ours(0), exact),
+            pytorch_error=relative_error(x + F.linear(x, dense[0]), exact),
+        )
 
 
 @pytest.mark.sizes(

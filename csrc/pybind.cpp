@@ -15,10 +15,11 @@ namespace py = pybind11;
 
 // For nbl_kernels.jit, which has no compiled launcher: the kernel as C++ names it, and its grid.
 py::dict skinny_linear_plan(const std::string& dtype, bool swiglu, bool norm, bool vector,
-                            int64_t m, int64_t n, int64_t k, int sm_count) {
+                            int64_t m, int64_t n, int64_t k, int sm_count,
+                            const std::string& format) {
   if (m < 1 || n < 1 || k < 0 || sm_count < 1)
     throw std::invalid_argument("m, n and sm_count must be positive, k not negative");
-  nbl::LinearProblem problem{{}, swiglu, norm, vector, m, n, k, sm_count, /*splits=*/0};
+  nbl::LinearProblem problem{{}, {}, swiglu, norm, vector, m, n, k, sm_count, /*splits=*/0};
   if (dtype == "float32")
     problem.dtype = nbl::DType::kFloat32;
   else if (dtype == "bfloat16")
@@ -27,6 +28,14 @@ py::dict skinny_linear_plan(const std::string& dtype, bool swiglu, bool norm, bo
     problem.dtype = nbl::DType::kFloat16;
   else
     throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + dtype);
+  if (format == "int8")
+    problem.format = nbl::WeightFormat::kInt8;
+  else if (format == "fp8")
+    problem.format = nbl::WeightFormat::kFp8;
+  else if (format == "int4")
+    problem.format = nbl::WeightFormat::kInt4;
+  else if (!format.empty())
+    throw std::invalid_argument("format must be int8, fp8, int4 or empty, got " + format);
   py::dict plan;
   nbl::with_linear_tile(problem, [&](auto tile) {
     using Tile = decltype(tile);
@@ -46,7 +55,7 @@ py::dict skinny_linear_plan(const std::string& dtype, bool swiglu, bool norm, bo
 py::bytes skinny_linear_params(uintptr_t x, int64_t x_stride, uintptr_t norm_weight, float norm_eps,
                                uintptr_t weight, int64_t weight_stride, uintptr_t bias,
                                uintptr_t residual, int64_t residual_stride, uintptr_t out,
-                               int64_t out_stride, int m, int n, int k, int split_k,
+                               int64_t out_stride, int m, int n, int k, bool swiglu, int split_k,
                                uintptr_t partials, uintptr_t counters) {
   nbl::LinearParams p{};
   p.x = reinterpret_cast<const void*>(x);
@@ -63,6 +72,7 @@ py::bytes skinny_linear_params(uintptr_t x, int64_t x_stride, uintptr_t norm_wei
   p.m = m;
   p.n = n;
   p.k = k;
+  p.swiglu = swiglu;
   p.split_k = split_k;
   p.partials = reinterpret_cast<float*>(partials);
   p.counters = reinterpret_cast<uint32_t*>(counters);
@@ -88,11 +98,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("ahead"), "For benchmarks: reads memory with all threads (csrc/cpu/read_loop.h).");
   m.def("skinny_linear_plan", &skinny_linear_plan, py::arg("dtype"), py::arg("swiglu"),
         py::arg("norm"), py::arg("vector"), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("sm_count"), "The CUDA kernel of a skinny linear, its grid and its workspace.");
+        py::arg("sm_count"), py::arg("format") = "",
+        "The CUDA kernel of a skinny linear, its grid and its workspace.");
   m.def("skinny_linear_params", &skinny_linear_params, py::kw_only(), py::arg("x"),
         py::arg("x_stride"), py::arg("norm_weight"), py::arg("norm_eps"), py::arg("weight"),
         py::arg("weight_stride"), py::arg("bias"), py::arg("residual"), py::arg("residual_stride"),
         py::arg("out"), py::arg("out_stride"), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("split_k"), py::arg("partials"), py::arg("counters"),
+        py::arg("swiglu"), py::arg("split_k"), py::arg("partials"), py::arg("counters"),
         "The bytes of its LinearParams.");
 }

@@ -275,6 +275,7 @@ def _prepare(
         m=m,
         n=n,
         k=k,
+        swiglu=swiglu,
         split_k=plan.get("split_k", 0),
         partials=_address(partials),
         counters=_address(counters),

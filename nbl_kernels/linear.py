@@ -6,7 +6,8 @@ passes of 16), ``wide_linear.h`` beside it for more (prefill), both launched by
 
 CUDA kernels: ``csrc/include/nbl/cuda/skinny_linear.cuh``, launched by
 ``csrc/cuda/skinny_linear.cu`` where ``cuda_paths()`` says so; above 16 rows cuBLASLt
-(``csrc/cuda/matmul.cpp``). Otherwise CUDA tensors take plain PyTorch operations.
+(``csrc/cuda/matmul.cpp``), for which a quantized weight is dequantized 32 MiB at a time. Otherwise
+CUDA tensors take plain PyTorch operations.
 
 NumPy and CuPy arrays are as good as tensors here: see ``nbl_kernels/arrays.py``.
 """

@@ -398,6 +398,162 @@ def test_linear_offsets_beyond_31_bits(linear_path):
     torch.cuda.empty_cache()
 
 
+# ---- Linears with quantized weights --------------------------------------------------------------
+
+FORMATS = ["int8", "fp8", "int4"]
+QUANTIZED_ROWS = [1, 2, 3, 8, 9, 16, 17, 40]
+# (K, N): K of whole granules of 16 bytes or not, odd, shorter and longer than a block's step.
+QUANTIZED_SHAPES = [(64, 64), (136, 90), (37, 37), (1031, 70), (4096, 24), (2048, 264)]
+
+
+def quantized(n: int, k: int, format: str) -> tuple[Tensor, Tensor]:
+    weight, scale = nk.quantize(make(n, k, dtype=torch.float32, scale=k**-0.5), format)
+    return weight.to(DEVICE), scale.to(DEVICE)
+
+
+def dequantizing(torch_function, weight: Tensor, scale: Tensor, k: int):
+    """torch_function where its weight, None, is the dequantized one in the dtype of x."""
+
+    def function(x, *inputs):
+        dense = nk.dequantize(weight.to(x.device), scale.to(x.device), k, x.dtype)
+        position = 0 if torch_function is torch_residual_linear else 1
+        return torch_function(x, *inputs[:position], dense, *inputs[position + 1 :])
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("k, n", QUANTIZED_SHAPES)
+def test_linear_quantized(linear_path, format, dtype, k, n):
+    weight, scale = quantized(n, k, format)
+    gate_up, gate_up_scale = quantized(2 * n, k, format)
+    b, gamma = make(n, dtype=dtype), make(k, dtype=dtype)
+    for m in QUANTIZED_ROWS:
+        x, residual = make(m, k, dtype=dtype), make(m, n, dtype=dtype)
+        function = dequantizing(torch_residual_linear, weight, scale, k)
+        for bias, norm in ((b, gamma), (None, None)):
+            poison(m, n, dtype=dtype)
+            actual = nk.residual_linear(
+                x, weight, bias, residual, norm_weight=norm, weight_scale=scale
+            )
+            assert_exact(actual, function, [x, None, bias, residual, norm])
+        poison(m, n, dtype=dtype)
+        actual = nk.norm_linear(x, gamma, weight, b, weight_scale=scale)
+        function = dequantizing(torch_norm_linear, weight, scale, k)
+        assert_exact(actual, function, [x, gamma, None, b])
+        actual = nk.norm_swiglu(x, gamma, gate_up, weight_scale=gate_up_scale)
+        function = dequantizing(torch_norm_swiglu, gate_up, gate_up_scale, k)
+        assert_exact(actual, function, [x, gamma, None])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [1, 5, 12, 33])
+def test_linear_quantized_strided_weights_equal_contiguous_ones(linear_path, format, m):
+    k, n = 208, 24
+    weight, scale = quantized(2 * n, k, format)
+    x, residual = make(m, k, dtype=torch.bfloat16), make(m, n, dtype=torch.bfloat16)
+    wide = torch.full((n, weight.shape[1] + 19), 127, dtype=torch.uint8, device=DEVICE)
+    shifted = wide.view(weight.dtype)[:, 3 : 3 + weight.shape[1]]  # rows begin anywhere
+    shifted.copy_(weight[:n])
+    views = [
+        (weight[::2], scale[::2]),
+        (weight[n:], scale[n:]),
+        (weight.T.contiguous().T[:n], scale[:n]),
+        (shifted, scale[:n]),
+    ]
+    for w, s in views:
+        dense = nk.dequantize(w.contiguous(), s.contiguous(), k, torch.float64)
+        actual = nk.residual_linear(x, w, None, residual, weight_scale=s)
+        function = dequantizing(torch_residual_linear, w.contiguous(), s.contiguous(), k)
+        assert_exact(actual, function, [x, None, None, residual, None])
+        assert dense.isfinite().all()
+
+
+@pytest.mark.parametrize("m", [1, 3, 12, 20])
+def test_linear_quantized_every_fp8_number_means_what_pytorch_says(linear_path, m):
+    """Subnormals and NaN too: one weight each, times one."""
+    for dtype in DTYPES:
+        for k in (1, 16):
+            weight = torch.zeros(256, k, dtype=torch.uint8, device=DEVICE)
+            weight[:, 0] = torch.arange(256)
+            x = torch.zeros(m, k, dtype=dtype, device=DEVICE)
+            x[:, 0] = 1
+            zero, one = torch.zeros(m, 256, dtype=dtype, device=DEVICE), torch.ones(256)
+            weight = weight.view(torch.float8_e4m3fn)
+            out = nk.residual_linear(x, weight, None, zero, weight_scale=one.to(DEVICE))
+            expected = weight[:, 0].to(dtype).expand(m, 256)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert torch.equal(out.nan_to_num(0), expected.nan_to_num(0))
+
+
+def quantized_layer(d: int, format: str):
+    weight, scale = quantized(d, d, format)
+    gate_up, gate_up_scale = quantized(2 * d, d, format)
+    g = make(d, dtype=torch.bfloat16, scale=0.3)
+
+    def layer(x: Tensor) -> Tensor:
+        h = nk.residual_linear(x, weight, g, norm_weight=g, weight_scale=scale)
+        y = nk.norm_swiglu(h, g, gate_up, weight_scale=gate_up_scale)
+        y = nk.residual_linear(y, weight, None, h, weight_scale=scale)
+        return y + nk.norm_linear(h, g, weight, weight_scale=scale)
+
+    return layer
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_linear_quantized_is_deterministic(linear_path, format):
+    layer = quantized_layer(1024, format)
+    for m in (1, 4, 16, 17, 64):
+        x = make(m, 1024, dtype=torch.bfloat16)
+        first = layer(x)
+        assert all(torch.equal(first, layer(x)) for _ in range(5))
+
+
+@needs_gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [1, 4, 16, 40])
+def test_linear_quantized_in_a_cuda_graph(linear_path, format, m):
+    layer, x = quantized_layer(512, format), make(m, 512, dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(out, layer(x))
+
+
+@needs_gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_linear_quantized_weights_are_never_there_as_a_whole(linear_path, format):
+    """Many rows: of a weight of 512 MiB in bfloat16 a slab at a time is dequantized."""
+    if linear_path == "plain":
+        pytest.skip("PyTorch dequantizes all of it")
+    n = k = 16384
+    weight, scale = (
+        t.repeat(n // 512, 1)[:n] if t.dim() == 2 else t.repeat(n // 512)
+        for t in quantized(512, k, format)
+    )
+    x, residual = make(64, k, dtype=torch.bfloat16), make(64, n, dtype=torch.bfloat16)
+    out = nk.residual_linear(x, weight, None, residual, weight_scale=scale)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = nk.residual_linear(x, weight, None, residual, weight_scale=scale)
+    assert torch.cuda.memory_allocated() <= before
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= (32 + 32 << 20) + 2 * out.nbytes  # a slab, and what cuBLASLt may ask for
+    function = dequantizing(torch_residual_linear, weight[-512:], scale[-512:], k)
+    last = residual[:, -512:].contiguous()
+    assert_exact(out[:, -512:], function, [x, None, None, last, None])
+
+
 # ---- Covariance ----------------------------------------------------------------------------------
 
 

@@ -16,8 +16,14 @@ from tolerance import assert_as_exact_as_torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import nbl_kernels as nk
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [None, *nk.quantization.FORMATS]  # in the order of WeightFormat
 EPS = 1e-6
+
+
+ROWS = ["rms_norm_rows", "silu_mul_rows", "dequantize_rows"]
 
 
 @dataclasses.dataclass
@@ -29,7 +35,8 @@ class Problem:
     m: int
     n: int
     k: int
-    op: str = "residual_linear"  # or norm_linear, norm_swiglu, rms_norm_rows, silu_mul_rows
+    op: str = "residual_linear"  # or norm_linear, norm_swiglu, or the kernels of ROWS
+    format: str | None = None  # of a quantized weight
     norm: bool = False
     bias: bool = False
     residual: bool = False
@@ -50,17 +57,24 @@ class Problem:
 
         if self.op == "silu_mul_rows":
             self.k = 2 * self.n
-        if self.op == "rms_norm_rows":
+        if self.op in ("rms_norm_rows", "dequantize_rows"):
             self.n = self.k
         self.x = make(self.m, self.k)
         self.gamma = make(self.k) if self.norm else None
-        rows = 2 * self.n if self.swiglu else self.n
+        rows = 2 * self.n if self.swiglu else self.m if self.op == "dequantize_rows" else self.n
         self.weight = make(rows, self.k, scale=max(self.k, 1) ** -0.5)
+        self.scale = None
+        if self.format is not None:
+            self.weight, self.scale = nk.quantize(self.weight, self.format)
         self.b = make(self.n) if self.bias else None
         self.r = make(self.m, self.n) if self.residual else None
 
     def torch(self, x, weight, b, r, gamma):
         """The same by PyTorch."""
+        if self.format is not None:
+            weight = nk.dequantize(self.weight, self.scale, self.k, x.dtype)
+        if self.op == "dequantize_rows":
+            return weight
         if self.op == "norm_swiglu":
             return torch_norm_swiglu(x, gamma, weight)
         if self.op == "norm_linear":
@@ -74,16 +88,29 @@ class Problem:
 
     @property
     def inputs(self):
-        return [self.x, self.weight, self.b, self.r, self.gamma]
+        # A quantized weight is not an input: PyTorch dequantizes it in each dtype.
+        weight = self.weight if self.format is None else None
+        return [self.x, weight, self.b, self.r, self.gamma]
 
     @property
     def stride(self):
         return self.k + self.gap
 
     @property
+    def out_stride(self):
+        # dequantize_rows writes granules, whatever becomes of what is past k
+        return -(-self.n // 8) * 8 + 8 if self.op == "dequantize_rows" else self.n + self.gap
+
+    @property
     def vector(self) -> bool:
         granule = 16 // self.dtype.itemsize
         sizes = [self.k, self.shift, self.stride]
+        if self.format is not None:
+            whole = (self.weight.shape[1], self.weight.shape[1] + self.gap, self.shift)
+            if any(bytes % 16 for bytes in whole):
+                return False
+        if self.op == "dequantize_rows":
+            return True
         if self.op == "silu_mul_rows":
             sizes.append(self.n)
         if self.op.endswith("_rows"):
@@ -91,17 +118,21 @@ class Problem:
         return all(size % granule == 0 for size in sizes)
 
     def payload(self) -> bytes:
-        kernel = {"rms_norm_rows": 1, "silu_mul_rows": 2}.get(self.op, 0)
+        kernel = ROWS.index(self.op) + 1 if self.op in ROWS else 0
         header = struct.pack(
-            "<19if",
-            *(kernel, DTYPES.index(self.dtype), self.swiglu, self.norm, self.bias, self.residual),
-            *(self.vector, self.m, self.n, self.k),
-            *(self.stride, self.stride, self.n + self.gap, self.n + self.gap),
+            "<20if",
+            *(kernel, DTYPES.index(self.dtype), FORMATS.index(self.format)),
+            *(self.swiglu, self.norm, self.bias, self.residual, self.vector),
+            *(self.m, self.n, self.k, self.stride, self.weight.shape[1] + self.gap),
+            *(self.n + self.gap, self.out_stride),
             *(self.shift, self.splits, self.sm_count, self.seed, self.runs, EPS),
         )
+        scale = b"" if self.scale is None else raw(self.scale)
+        if self.op == "dequantize_rows":
+            return header + self.rows(self.weight) + scale
         arrays = [self.rows(self.x), self.rows(self.gamma)]
         if kernel == 0:
-            arrays += [self.rows(t) for t in (self.weight, self.b, self.r)]
+            arrays += [self.rows(self.weight), scale, self.rows(self.b), self.rows(self.r)]
         return header + b"".join(arrays)
 
     def rows(self, t: Tensor | None) -> bytes:
@@ -109,21 +140,28 @@ class Problem:
         if t is None or t.numel() == 0:
             return b""
         t = torch.atleast_2d(t)
-        padded = torch.full((len(t), t.shape[1] + self.gap), float("nan"), dtype=t.dtype)
+        if (
+            t.dtype.itemsize == 1
+        ):  # bytes that would be noticed: NaN in fp8, far from zero elsewhere
+            t, nothing = t.view(torch.uint8), 127
+        else:
+            nothing = float("nan")
+        padded = torch.full((len(t), t.shape[1] + self.gap), nothing, dtype=t.dtype)
         padded[:, : t.shape[1]] = t
-        used = padded.flatten()[: padded.numel() - self.gap]
-        return used.view(torch.uint8).numpy().tobytes()
+        return raw(padded.flatten()[: padded.numel() - self.gap])
 
     def results(self, output: bytes, offset: int) -> tuple[list[Tensor], list[int], int]:
         """The outputs of all runs, and which instance ran."""
-        stride = self.n + self.gap
-        size = ((self.m - 1) * stride + self.n) * self.dtype.itemsize
+        stride, used, end = self.out_stride, self.n, 0
+        if self.op == "dequantize_rows":
+            used, end = stride - 8, 8
+        size = ((self.m - 1) * stride + used + end) * self.dtype.itemsize
         outs = []
         for _ in range(self.runs):
             flat = torch.frombuffer(bytearray(output[offset : offset + size]), dtype=self.dtype)
-            padding = torch.full((self.gap,), float("nan"), dtype=self.dtype)
+            padding = torch.full((stride - used - end,), float("nan"), dtype=self.dtype)
             rows = torch.cat([flat, padding]).view(self.m, stride)
-            assert rows[:, self.n :].isnan().all(), "written between the rows"
+            assert rows[:, used:].isnan().all(), "written between the rows"
             outs.append(rows[:, : self.n])
             offset += size
         instance = []
@@ -133,11 +171,16 @@ class Problem:
         return outs, instance, offset
 
 
+def raw(t: Tensor) -> bytes:
+    return t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def run(problems: list[Problem], driver: Path | None = None) -> list[tuple[Tensor, list[int]]]:
     """The result of each, and (grid x, grid y, mma, rows, tokens) of the instance that gave it;
     checks that runs in another order gave the same bits."""
     payload = struct.pack("<i", len(problems)) + b"".join(p.payload() for p in problems)
-    output = run_driver(driver or build_driver("linear"), payload)
+    name = "linear" if problems[0].format is None else "linear_quantized"
+    output = run_driver(driver or build_driver(name), payload)
     offset, results = 0, []
     for p in problems:
         outs, instance, offset = p.results(output, offset)
@@ -283,6 +326,103 @@ def test_the_norm_keeps_float16_from_overflowing():
     check([problem])
 
 
+# ---- Quantized weights ---------------------------------------------------------------------------
+
+QUANTIZED = [(format, dtype) for format in FORMATS[1:] for dtype in DTYPES]
+
+
+@pytest.mark.parametrize("format, dtype", QUANTIZED)
+@pytest.mark.parametrize("op", ["residual_linear", "norm_linear", "norm_swiglu"])
+def test_quantized_every_number_of_rows(op, dtype, format):
+    options = {"bias": op != "norm_swiglu", "residual": op == "residual_linear"}
+    problems = [Problem(dtype, m, 20, 272, op, format, **options) for m in range(1, 17)]
+    kinds = {tuple(i[2:]) for i in check(problems)}
+    assert len(kinds) == (1 if dtype is torch.float32 else 2 if format == "int4" else 3)
+
+
+@pytest.mark.parametrize("format, dtype", QUANTIZED)
+@pytest.mark.parametrize("op", ["residual_linear", "norm_linear", "norm_swiglu"])
+def test_quantized_odd_sizes(op, dtype, format):
+    sizes = [(1, 1), (7, 8), (40, 63), (17, 129), (5, 1031), (9, 528), (8, 0)]
+    check([Problem(dtype, m, n, k, op, format) for n, k in sizes for m in (1, 3, 11)])
+
+
+@pytest.mark.parametrize("format, dtype", QUANTIZED)
+@pytest.mark.parametrize("gap, shift", [(16, 0), (3, 0), (0, 1), (8, 8)])
+def test_quantized_strides_and_addresses(dtype, format, gap, shift):
+    problems = [
+        Problem(dtype, m, 19, 144, op, format, norm=True, gap=gap, shift=shift)
+        for m in (1, 6, 12)
+        for op in ("residual_linear", "norm_swiglu")
+    ]
+    assert all(p.vector == (gap == 16) for p in problems)
+    check(problems)
+
+
+@pytest.mark.parametrize("format, dtype", QUANTIZED)
+def test_quantized_long_rows_and_split_k(dtype, format):
+    """The ring fills more than once; splits end anywhere and give the same bits in any order."""
+    instances = check(
+        [
+            Problem(dtype, 1, 5, 8192 + 16, format=format),
+            Problem(dtype, 12, 5, 4096 + 16, norm=True, format=format),
+            Problem(dtype, 1, 9, 20000, format=format, splits=2, runs=3),
+            Problem(dtype, 4, 9, 5000, "norm_swiglu", format=format, splits=2, runs=2, seed=7),
+            Problem(dtype, 10, 3, 4100, format=format, splits=4, runs=2),
+        ]
+    )
+    if dtype is not torch.float32:
+        assert all(i[1] > 1 for i in instances[2:])
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantized_rows_before_a_wide_product(dtype, format):
+    check(
+        [
+            Problem(dtype, 3, 0, k, "dequantize_rows", format, gap=gap, shift=shift)
+            for k in (1, 8, 37, 128, 264, 4112)
+            for gap, shift in ((0, 0), (16, 0), (1, 2))
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_every_number_means_what_pytorch_says(dtype):
+    """All numbers of 8 bits, subnormal ones and NaN too, and of 4: one weight each, times one."""
+    for m in (1,) if dtype is torch.float32 else (1, 3, 9):
+        for format, k in (("int8", 16), ("fp8", 16), ("fp8", 3), ("int4", 8)):
+            p = Problem(dtype, m, 16 if format == "int4" else 256, k, format=format)
+            p.x.zero_()
+            p.x[:, 1] = 1
+            if format == "int4":
+                p.weight[:] = 0x88
+                p.weight[:, 2] = torch.arange(16, dtype=torch.uint8) | 0x80  # word 1: column 1
+            else:
+                p.weight.view(torch.uint8).zero_()
+                p.weight.view(torch.uint8)[:, 1] = torch.arange(256, dtype=torch.uint8)
+            p.scale.fill_(1)
+            (out, _), expected = run([p])[0], p.torch(*p.inputs)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert torch.equal(out.nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("m", [1, 5, 12])
+def test_quantized_non_finite_values_stay_in_their_row_or_column(format, m):
+    for k in (144, 201):
+        clean, marked, scaled = (
+            Problem(torch.bfloat16, m, 33, k, residual=True, format=format) for _ in range(3)
+        )
+        marked.x[0, 5] = float("nan")
+        scaled.scale[7] = float("inf")
+        results = [out for out, _ in run([clean, marked, scaled])]
+        assert results[1][0].isnan().all() and torch.equal(results[1][1:], results[0][1:])
+        others = [i for i in range(33) if i != 7]
+        assert not results[2][:, 7].isfinite().any()
+        assert torch.equal(results[2][:, others], results[0][:, others])
+
+
 # Kernels broken on purpose. One build holds all of them; the environment says which is awake.
 MUTATIONS = {
     "no barrier before the warps' sums are added": (
@@ -316,7 +456,7 @@ MUTATIONS = {
     ),
     "an output past n": ("if (n >= p.n ||", "if (n >= p.n + MUTANT ||"),
     "a token past m": ("row < p.m ? row", "row < p.m + MUTANT ? row"),
-    "an output row past m": ("m >= p.m) continue", "m >= p.m + MUTANT) continue"),
+    "an output row past m": ("m >= p.m ||", "m >= p.m + MUTANT ||"),
     "a counter that is not reset": (
         "p.counters[blockIdx.x] = 0",
         "p.counters[blockIdx.x] = MUTANT",
@@ -330,10 +470,37 @@ MUTATIONS = {
         "int64_t{blockIdx.y} * (p.split_k - 8 * MUTANT);",
     ),
     "mma operands that do not agree on the order of k": (
-        "high.word[2 * part], low.word[2 * part + 1],",
-        "high.word[2 * part], low.word[2 * part + 1 - MUTANT],",
+        "low.word[2 * half + 1],\n                               high",
+        "low.word[2 * half + 1 - MUTANT],\n                               high",
+    ),
+    "the scale of another row": (
+        "p.weight_scale)[weight_row]",
+        "p.weight_scale)[weight_row - MUTANT * int{weight_row > 0}]",
+    ),
+    "the scale of a group only where the lane has some of it": (
+        "if (k < end + static_cast<int>(threadIdx.x) % 4 * 8)",
+        "if (k < end + static_cast<int>(threadIdx.x) % 4 * 8 * (1 - MUTANT))",
+    ),
+    "the scale of the next group": (
+        "address[k / int{kInt4Group}]",
+        "address[k / int{kInt4Group} + MUTANT]",
+    ),
+    "bytes of the wrong word": (
+        "bytes.word[2 * part + i / 2]",
+        "bytes.word[2 * part + i / 2 * (1 - MUTANT)]",
+    ),
+    "a bit of an fp8 number lost": (
+        "halves >> 4 & 0x07f007f0u",
+        "halves >> 4 & (0x07f007f0u - MUTANT * 0x00100000u)",
+    ),
+    "a nibble read twice": (
+        "bytes.word[i] >> (4 * part)",
+        "bytes.word[i] >> (4 * (part - MUTANT * int{part == 3}))",
     ),
 }
+
+
+MUTATED = ("row_ops.cuh", "weight_formats.cuh", "skinny_linear.cuh")  # as they are included
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +508,7 @@ def mutants(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mutants")
     include = folder / "csrc" / "include"
     shutil.copytree(ROOT / "csrc" / "include", include)
-    files = [include / "nbl" / "cuda" / name for name in ("row_ops.cuh", "skinny_linear.cuh")]
+    files = [include / "nbl" / "cuda" / name for name in MUTATED]
     texts = [file.read_text() for file in files]
     whole = "\0".join(texts)
     for number, (old, new) in enumerate(MUTATIONS.values(), 1):
@@ -366,6 +533,9 @@ def mutation_problems(seed: int) -> list[Problem]:
         Problem(torch.bfloat16, 3, 19, 261, seed=seed),
         Problem(torch.bfloat16, 7, 4, 1200, splits=3, runs=2, seed=seed),
         Problem(torch.float16, 9, 17, 264, norm=True, seed=seed),
+        Problem(torch.bfloat16, 1, 9, 144, format="int8", seed=seed),
+        Problem(torch.bfloat16, 3, 19, 144, format="fp8", seed=seed),
+        Problem(torch.bfloat16, 10, 9, 264, format="int4", seed=seed),
     ]
 
 

@@ -135,6 +135,9 @@ ROWS = [
     row("covariance", "16384x4096", "hopper", 7.0, error=3e-6, speedup=1.8),
     {"benchmark": "solve + bound", "shape": "4096", "dtype": "float64", "path": "kernel",
      "failed": "out of memory"},
+    row("quantized_linear", "1x4096x4096 int4", "kernel", 4.0),
+    row("quantized_linear", "512x4096x4096 int4", "kernel", 4.0),
+    row("quantized_linear", "4x4096x4096 int8", "kernel", 6.5),
 ]  # fmt: skip
 
 
@@ -175,6 +178,13 @@ def test_suggested_paths_are_the_fastest_of_the_right_ones():
     assert suggested["linear"]["path"] == "plain"  # the kernel is not right everywhere
     assert suggested["gram"]["fastest"] == {"covariance 8192x4096 bfloat16": "hopper"}
     assert "solve" not in suggested
+
+
+def test_quantized_weights_stand_beside_bfloat16_and_what_the_bytes_predict():
+    lines = report.quantized_table(ROWS)[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 1x4096x4096", "| 4x4096x4096"]
+    assert "| int4 | kernel | 4.0 | 12.0 | 3.00 | 3.87 |" in lines[0]  # 16 / 4.125, and x
+    assert "| int8 | kernel | 6.5 |  |  | 1.99 |" in lines[1]  # there is no such row in bfloat16
 
 
 def test_report_shows_what_was_not_measured():

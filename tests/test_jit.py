@@ -37,7 +37,12 @@ HEADERS = sorted(
 )
 # Templates are compiled when they are named; the rest of a header always.
 TEMPLATES = {
-    "nbl/cuda/row_ops.cuh": ["rms_norm_rows<{T}, true>", "silu_mul_rows<{T}, false>"],
+    "nbl/cuda/row_ops.cuh": [
+        "rms_norm_rows<{T}, true>",
+        "silu_mul_rows<{T}, false>",
+        "dequantize_rows<nbl::bfloat16, nbl::float8_e4m3>",
+        "dequantize_rows<nbl::float16, nbl::int4_group>",
+    ],
     "nbl/cuda/rope.cuh": ["rope_append<{T}, true>", "rope_append<{T}, false>"],
     "nbl/cuda/column_stats.cuh": ["column_stats<{T}>", "first_bad_token<{T}>"],
     "nbl/cuda/gram.cuh": ["gram_portable<nbl::bfloat16>", "gram_portable<nbl::float16>"],
@@ -50,6 +55,13 @@ def kernels_of(header: str) -> list[str]:
         cases = [("bfloat16", False, True, True), ("float16", True, True, True)]
         cases += [("bfloat16", False, False, False), ("float32", False, False, True)]
         plans = [_C.skinny_linear_plan(*c, m, 4096, 4096, 132) for c in cases for m in (1, 8, 16)]
+        rows = {"int8": (1, 8), "fp8": (1, 16), "int4": (8, 16)}
+        plans += [
+            _C.skinny_linear_plan(dtype, False, True, True, m, 4096, 4096, 132, format)
+            for dtype, formats in (("bfloat16", rows), ("float16", ["int8"]), ("float32", ["int4"]))
+            for format in formats
+            for m in rows[format]
+        ]
         return sorted({plan["kernel"] for plan in plans})
     names = {f"nbl::{t.format(T=T)}" for t in TEMPLATES.get(header, []) for T in DTYPES.values()}
     return sorted(names)
@@ -227,6 +239,8 @@ def test_what_is_refused():
             call()
     with pytest.raises(ValueError, match="dtype must be float32"):
         _C.skinny_linear_plan("int8", False, False, False, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="format must be int8, fp8, int4 or empty"):
+        _C.skinny_linear_plan("float32", False, False, False, 1, 1, 1, 1, "int3")
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

@@ -371,7 +371,8 @@ def test_compiles_without_graph_breaks(format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_devices_without_kernels_run_plain_torch(format):
-    """What CUDA (for now), MPS, … get: the composite implementation, called on CPU tensors."""
+    """What MPS, …, and CUDA on its plain path get: the composite implementation, called on CPU
+    tensors. (CUDA's kernels: tests/test_emulated_linear.py, tests/test_cuda.py.)"""
     samples = op_samples(format)
     x, weight, bias, residual, gamma, _, scale = samples["residual_linear"]
     plain = {

@@ -12,11 +12,15 @@ SWITCHES = {
     "residual_linear": "linear",
     "norm_linear": "linear",
     "norm_swiglu": "linear",
+    "quantized_linear": "linear",
     "covariance": "gram",
     "solve + bound": "solve",
     "rope_append": "rope",
 }
 SHOWN_ROWS = (1, 4, 16, 17, 512)  # of x, in the short table
+FEW_ROWS = 16  # of x, up to which bytes are the limit
+BITS_PER_WEIGHT = {"int8": 8, "fp8": 8, "int4": 4.125}  # and, per row, those of a scale
+BITS_PER_ROW = {"int8": 32, "fp8": 32, "int4": 0}
 # Of DESIGN.md, section 7: these take a whole model, which this report does not run.
 WHOLE_MODEL_TARGETS = {
     "calibration of an 8B-shaped model, 256 × 2048 tokens": "≤ 1.25× its forward pass",
@@ -150,11 +154,13 @@ def suggested_paths(rows: list[dict]) -> dict[str, dict]:
 
     Over all: the least sum of log time ratios to the fastest, among paths that ran everywhere. A
     path whose error is more than twice that of the most exact (and above 1e-12) does not count.
+    Quantized weights follow the path of the others, and have no say: PyTorch alone is slow on them.
     """
     shapes: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     groups = defaultdict(list)
     for row in measured(rows):
-        groups[row["benchmark"], row["shape"], row["dtype"]].append(row)
+        if row["benchmark"] != "quantized_linear":
+            groups[row["benchmark"], row["shape"], row["dtype"]].append(row)
     for (benchmark, shape, dtype), group in groups.items():
         allowed = max(2 * min(row["error"] for row in group), 1e-12)
         if benchmark == "covariance":
@@ -176,6 +182,40 @@ def suggested_paths(rows: list[dict]) -> dict[str, dict]:
         best = min(everywhere, key=slowdown) if everywhere else None
         suggestion[switch] = {"path": best, "fastest": fastest}
     return suggestion
+
+
+def quantized_table(rows: list[dict]) -> list[str]:
+    """Each quantized linear beside the same path on the weight in bfloat16, and how much faster its
+    bytes alone would make it."""
+    dense = {
+        (row["shape"], row["path"]): row
+        for row in measured(rows)
+        if row["benchmark"] == "residual_linear" and row["dtype"] == "bfloat16"
+    }
+    lines = [
+        "| shape | weight | path | µs | µs, bfloat16 | × bfloat16 | × the bytes predict |"
+        " of the limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in measured(rows):
+        if row["benchmark"] != "quantized_linear" or rows_of_x(row) > FEW_ROWS:
+            continue
+        shape, format = row["shape"].split()
+        m, k, n = map(int, shape.split("x"))
+        activations = 16 * m * (k + n)
+        bits = n * (k * BITS_PER_WEIGHT[format] + BITS_PER_ROW[format]) + activations
+        predicted = (16 * n * k + activations) / bits
+        beside = dense.get((shape, row["path"]))
+        theirs, times = (
+            ("", "")
+            if beside is None
+            else (f"{beside['us']:.1f}", f"{beside['us'] / row['us']:.2f}")
+        )
+        lines.append(
+            f"| {shape} | {format} | {row['path']} | {row['us']:.1f} | {theirs} | {times} |"
+            f" {predicted:.2f} | {row['percent_of_limit']:.1f} % of {row['limit_name']} |"
+        )
+    return lines
 
 
 def sweep_table(sweep: list[dict]) -> list[str]:
@@ -232,6 +272,8 @@ def markdown(report: dict) -> str:
             counts[path] += 1
         each = ", ".join(f"{path} at {n}" for path, n in sorted(counts.items()))
         say(f"- {switch}: {choice['path']} over all shapes ({each} of them fastest)")
+    say("\n## Quantized weights\n")
+    lines.extend(quantized_table(report["rows"]))
     say("\n## Rows\n")
     say("Medians; a call from Python beside a launch in a CUDA graph; weights out of L2.\n")
     say(

@@ -50,6 +50,29 @@ def run_linears(device: str, name: str) -> None:
                 check(f"{op}, {name}, {dtype}, {(m, k, n)}", out, exact, tolerance)
 
 
+def run_quantized_linears(device: str, name: str) -> None:
+    for m, k, n in LINEAR_SHAPES:
+        for dtype in DTYPES:
+            for format in ("int8", "fp8", "int4"):
+                x, g, r = (torch.randn(*shape).to(dtype) for shape in ((m, k), (k,), (m, n)))
+                weight, scale = nk.quantize(torch.randn(n, k) / k**0.5, format)
+                gate_up, gate_up_scale = nk.quantize(torch.randn(2 * n, k) / k**0.5, format)
+                tolerance = 8 * torch.finfo(dtype).eps + 1e-5
+                calls = {
+                    "residual_linear": ((x, weight, None, r), scale),
+                    "norm_linear": ((x, g, weight), scale),
+                    "norm_swiglu": ((x, g, gate_up), gate_up_scale),
+                }
+                for op, (args, s) in calls.items():
+                    moved = (t if t is None else t.to(device) for t in args)
+                    out = getattr(nk, op)(*moved, norm_eps=EPS, weight_scale=s.to(device))
+                    doubles = (
+                        t.double() if t is not None and t.dtype == dtype else t for t in args
+                    )
+                    exact = getattr(nk, f"{op}_ref")(*doubles, norm_eps=EPS, weight_scale=s)
+                    check(f"{op}, {format}, {name}, {dtype}, {(m, k, n)}", out, exact, tolerance)
+
+
 def run_grams(device: str, name: str) -> None:
     for tokens, d_f, d_t in GRAM_SHAPES:
         for dtype in DTYPES:
@@ -111,7 +134,12 @@ def run_ropes(device: str, name: str) -> None:
                 check(f"{cache}, {about}", moved[cache], exact[cache], tolerance)
 
 
-RUNS = {"linear": run_linears, "gram": run_grams, "solve": run_solves, "rope": run_ropes}
+def run_all_linears(device: str, name: str) -> None:
+    run_linears(device, name)
+    run_quantized_linears(device, name)
+
+
+RUNS = {"linear": run_all_linears, "gram": run_grams, "solve": run_solves, "rope": run_ropes}
 
 
 def main() -> None:

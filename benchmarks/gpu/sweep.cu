@@ -93,7 +93,8 @@ class Sweep {
   template <bool kMma, int kRows, int kTokens, int kUnroll>
   void tile() {
     using Tile =
-        LinearTile<nbl::bfloat16, kMma, kRows, kTokens, kUnroll, false, false, /*vector=*/true>;
+        LinearTile<nbl::bfloat16, nbl::bfloat16, kMma, kRows, kTokens, kUnroll, /*norm=*/false,
+                   /*vector=*/true>;
     int before = 0;
     for (const int splits : {0, 1, 2, 4, 8}) {  // 0: what the table's rule says
       if (Clock::now() > end_) return;

@@ -1,5 +1,7 @@
 // residual_linear, norm_linear, norm_swiglu on CUDA: checks, then the fused kernels for few rows
-// (decode) or cuBLASLt between our normalization and silu·up for many (prefill).
+// (decode) or cuBLASLt between our normalization and silu·up for many (prefill), of a quantized
+// weight slab by slab.
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <map>
@@ -113,6 +115,7 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
   p.norm_eps = static_cast<float>(a.norm_eps);
   p.weight = a.weight.const_data_ptr();
   p.weight_stride = a.weight.stride(0);
+  p.weight_scale = data(a.weight_scale);
   p.bias = data(a.bias);
   p.residual = data(a.residual);
   p.residual_stride = a.residual ? row_stride(*a.residual) : 0;
@@ -121,15 +124,18 @@ void run_skinny(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
   p.m = static_cast<int>(m);
   p.n = static_cast<int>(n);
   p.k = static_cast<int>(k);
+  p.swiglu = a.swiglu;
   p.dependent = dependent_launch(device);
 
   LinearProblem problem{};
   problem.dtype = kernel_dtype(a.op, "x", a.x);
+  problem.format = weight_format(a);
   problem.swiglu = a.swiglu;
   problem.norm = a.norm_weight.has_value();
   problem.vector = whole_granules(p.x, m, k, p.x_stride, element) &&
                    whole_granules(p.norm_weight, 1, k, k, element) &&
-                   whole_granules(p.weight, a.weight.size(0), k, p.weight_stride, element);
+                   whole_granules(p.weight, a.weight.size(0), a.weight.size(1), p.weight_stride,
+                                  static_cast<int64_t>(a.weight.element_size()));
   problem.m = m;
   problem.n = n;
   problem.k = k;
@@ -199,33 +205,87 @@ void silu_mul(const LinearArgs& a, const Tensor& gate_up, const Tensor& out, int
   });
 }
 
+// Calls visitor(element of the type that a quantized weight is stored as).
+template <class Visitor>
+void with_quantized_type(WeightFormat format, const Visitor& visitor) {
+  if (format == WeightFormat::kInt8) return visitor(int8_t{});
+  if (format == WeightFormat::kFp8) return visitor(float8_e4m3{});
+  visitor(int4_group{});
+}
+
+// Rows [first, first + rows) of a quantized weight in the dtype of x.
+void dequantize(const LinearArgs& a, int64_t first, int64_t rows, const Tensor& out,
+                int64_t out_stride) {
+  DequantizeParams p{};
+  p.weight_stride = a.weight.stride(0);
+  p.weight = static_cast<const char*>(a.weight.const_data_ptr()) + first * p.weight_stride;
+  p.weight_scale =
+      static_cast<const char*>(a.weight_scale->const_data_ptr()) +
+      first * a.weight_scale->stride(0) * static_cast<int64_t>(a.weight_scale->element_size());
+  p.vector = whole_granules(p.weight, rows, a.weight.size(1), p.weight_stride, 1);
+  p.out = out.mutable_data_ptr();
+  p.out_stride = out_stride;
+  p.k = static_cast<int>(a.x.size(-1));
+  with_16_bit_type(a.x, [&](auto type) {
+    with_quantized_type(weight_format(a), [&](auto stored) {
+      check_cuda(launch_kernel(dequantize_rows<decltype(type), decltype(stored)>,
+                               dim3(static_cast<unsigned>(rows)), kRowThreads, 0,
+                               current_stream(a.x), dependent_launch(device_of(a.x)), p),
+                 a.op);
+    });
+  });
+}
+
+// Of a quantized weight that much at a time is there in the dtype of x: it may still be in L2 when
+// the product reads it, and is enough to keep all SMs busy.
+constexpr int64_t kSlabBytes = int64_t{32} << 20;
+
 // False, and nothing done that counts, where cuBLASLt cannot.
 bool run_wide(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
   const Tensor features = a.norm_weight ? normalized(a, m) : a.x;
-  const int64_t rows = a.weight.size(0);
+  const int64_t rows = a.weight.size(0), k = features.size(-1);
+  const int64_t element = static_cast<int64_t>(a.x.element_size());
+  const bool quantized = weight_format(a) != WeightFormat::kPlain;
+  const int64_t padded = (k + 7) / 8 * 8;  // rows of a slab begin at multiples of 16 bytes
+  int64_t slab = rows;
+  std::optional<Tensor> memory;
+  if (quantized) {
+    slab = std::min(rows, std::max<int64_t>(128, kSlabBytes / (padded * element) / 128 * 128));
+    memory = torch::stable::new_empty(a.x, {slab, padded});
+  }
   const Tensor product = a.swiglu ? torch::stable::new_empty(out, {m, rows}) : out;
-  Matmul p{};
-  p.dtype = kernel_dtype(a.op, "x", a.x);
-  p.m = m;
-  p.n = rows;
-  p.k = features.size(-1);
-  p.x = features.const_data_ptr();
-  p.x_stride = row_stride(features);
-  p.weight = a.weight.const_data_ptr();
-  p.weight_stride = a.weight.stride(0);
   // cuBLASLt reads a bias by 16 bytes, whatever its address: one in between is copied.
   std::optional<Tensor> bias = a.bias;
   if (bias && reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 16 != 0)
     bias = torch::stable::clone(*bias);
-  p.bias = data(bias);
-  p.residual = data(a.residual);
-  p.residual_stride = a.residual ? row_stride(*a.residual) : 0;
-  p.out = product.mutable_data_ptr();
-  p.out_stride = rows;
-  const bool strides = p.x_stride >= p.k && (rows == 1 || p.weight_stride >= p.k) &&
-                       (!p.residual || p.residual_stride >= rows);
-  if (rows == 1) p.weight_stride = p.k;  // whatever it was: there is no second row
-  if (!strides || !matmul(p, a.x)) return false;
+  for (int64_t first = 0; first < rows; first += slab) {
+    const auto from = [&](const std::optional<Tensor>& t) -> const void* {
+      return t ? static_cast<const char*>(t->const_data_ptr()) + first * element : nullptr;
+    };
+    Matmul p{};
+    p.dtype = kernel_dtype(a.op, "x", a.x);
+    p.m = m;
+    p.n = std::min(slab, rows - first);
+    p.k = k;
+    p.x = features.const_data_ptr();
+    p.x_stride = row_stride(features);
+    if (quantized) {
+      dequantize(a, first, p.n, *memory, padded);
+      p.weight = memory->const_data_ptr();
+      p.weight_stride = padded;
+    } else {
+      p.weight = a.weight.const_data_ptr();
+      p.weight_stride = rows == 1 ? k : a.weight.stride(0);  // of one row, whatever it was
+    }
+    p.bias = from(bias);
+    p.residual = from(a.residual);
+    p.residual_stride = a.residual ? row_stride(*a.residual) : 0;
+    p.out = static_cast<char*>(product.mutable_data_ptr()) + first * element;
+    p.out_stride = rows;
+    const bool strides =
+        p.x_stride >= k && p.weight_stride >= k && (!p.residual || p.residual_stride >= rows);
+    if (!strides || !matmul(p, a.x)) return false;
+  }
   if (a.swiglu) silu_mul(a, product, out, m, n);
   return true;
 }
@@ -236,7 +296,7 @@ Tensor run(LinearArgs a) {
   validate(a);
   const int device = device_of(a.x);
   constexpr int kOldest = 80;  // bfloat16 and its mma
-  if (compute_capability(device) < kOldest || weight_format(a) != WeightFormat::kPlain ||
+  if (compute_capability(device) < kOldest ||
       linear_path(compute_capability(device)) == Path::kPlain)
     return run_plain(a);
   const DeviceGuard guard(device);

@@ -6,10 +6,10 @@
 namespace nbl {
 namespace {
 
-enum Kernel { kLinear, kNormRows, kSiluMulRows };
+enum Kernel { kLinear, kNormRows, kSiluMulRows, kDequantizeRows };
 
 struct Header {
-  int32_t kernel, dtype, swiglu, norm, bias, residual, vector;
+  int32_t kernel, dtype, format, swiglu, norm, bias, residual, vector;
   int32_t m, n, k;
   int32_t x_stride, weight_stride, residual_stride, out_stride;
   int32_t shift;  // elements by which x, γ and the weight are off an address of 16 bytes
@@ -39,20 +39,30 @@ void require(bool ok, const char* what) {
   std::exit(4);
 }
 
-// NBL_FEW_TILES: bfloat16 without norm and float16 with it, a quarter of the time to compile.
+// NBL_FEW_TILES: bfloat16 without norm and float16 with it, a fraction of the time to compile.
+// NBL_QUANTIZED: the tiles of quantized weights, else those of plain ones.
 template <class T, class Visitor>
 void with_tile_of(const LinearProblem& p, const Visitor& visitor) {
 #if defined(NBL_FEW_TILES)
   if constexpr (std::is_same_v<T, bfloat16>) {
-    require(!p.swiglu && !p.norm, "no such tile here");
-    p.vector ? visit_tile<T, false, false, true>(p, visitor)
-             : visit_tile<T, false, false, false>(p, visitor);
+    require(!p.norm, "no such tile here");
+    if (p.format == WeightFormat::kInt8) return visit_tile<T, int8_t, false, true>(p, visitor);
+    if (p.format == WeightFormat::kFp8) return visit_tile<T, float8_e4m3, false, true>(p, visitor);
+    if (p.format == WeightFormat::kInt4) return visit_tile<T, int4_group, false, true>(p, visitor);
+    p.vector ? visit_tile<T, T, false, true>(p, visitor)
+             : visit_tile<T, T, false, false>(p, visitor);
   } else if constexpr (std::is_same_v<T, float16>) {
-    require(!p.swiglu && p.norm && p.vector, "no such tile here");
-    visit_tile<T, false, true, true>(p, visitor);
+    require(p.norm && p.vector, "no such tile here");
+    visit_tile<T, T, true, true>(p, visitor);
   }
+#elif defined(NBL_QUANTIZED)
+  require(p.format != WeightFormat::kPlain, "no such tile here");
+  if (p.format == WeightFormat::kInt8) return visit_typed_tile<T, int8_t>(p, visitor);
+  if (p.format == WeightFormat::kFp8) return visit_typed_tile<T, float8_e4m3>(p, visitor);
+  visit_typed_tile<T, int4_group>(p, visitor);
 #else
-  visit_typed_tile<T>(p, visitor);
+  require(p.format == WeightFormat::kPlain, "no such tile here");
+  visit_typed_tile<T, T>(p, visitor);
 #endif
 }
 
@@ -61,10 +71,17 @@ void run_skinny(const Header& h) {
   const int64_t weight_rows = h.swiglu ? 2 * h.n : h.n;
   const auto x = read_rows<T>(h.m, h.x_stride, h.k, h.shift);
   const auto gamma = read_rows<T>(h.norm ? 1 : 0, 0, h.k, h.shift);
-  const auto weight = read_rows<T>(weight_rows, h.weight_stride, h.k, h.shift);
+  const auto format = static_cast<WeightFormat>(h.format);
+  const bool int4 = format == WeightFormat::kInt4, plain = format == WeightFormat::kPlain;
+  const int64_t groups = (h.k + kInt4Group - 1) / kInt4Group;
+  const int64_t element = plain ? sizeof(T) : 1, columns = int4 ? 64 * groups : h.k;
+  const auto weight = read_rows<uint8_t>(weight_rows, h.weight_stride * element, columns * element,
+                                         h.shift * element);
+  const auto scale = driver::read_array<uint8_t>(plain ? 0 : weight_rows * (int4 ? 2 * groups : 4));
   const auto bias = read_rows<T>(h.bias ? 1 : 0, 0, h.n, 0);
   const auto residual = read_rows<T>(h.residual ? h.m : 0, h.residual_stride, h.n, 0);
   const LinearProblem problem{static_cast<DType>(h.dtype),
+                              format,
                               h.swiglu != 0,
                               h.norm != 0,
                               h.vector != 0,
@@ -88,6 +105,8 @@ void run_skinny(const Header& h) {
       p.norm_eps = h.eps;
       p.weight = weight.data();
       p.weight_stride = h.weight_stride;
+      p.weight_scale = scale.data();
+      p.swiglu = h.swiglu != 0;
       p.bias = bias.data();
       p.residual = residual.data();
       p.residual_stride = h.residual_stride;
@@ -129,8 +148,34 @@ void run_rows(const Header& h) {
   driver::write_array(out);
 }
 
+#if defined(NBL_QUANTIZED)
+template <class T, class W>
+void run_dequantize(const Header& h) {
+  const int64_t groups = (h.k + kInt4Group - 1) / kInt4Group;
+  const bool int4 = sizeof(W) > 1;
+  const auto weight = read_rows<uint8_t>(h.m, h.weight_stride, int4 ? 64 * groups : h.k, h.shift);
+  const auto scale = driver::read_array<uint8_t>(h.m * (int4 ? 2 * groups : 4));
+  std::vector<T> out(h.m * h.out_stride);
+  std::memset(out.data(), 0xff, out.size() * sizeof(T));
+  const DequantizeParams p{weight.data(), h.weight_stride, scale.data(), h.vector != 0,
+                           out.data(),    h.out_stride,    h.k};
+  emulate(dequantize_rows<T, W>, dim3{static_cast<unsigned>(h.m)}, kRowThreads, 0, h.seed, p);
+  driver::write_array(out);
+}
+#endif
+
 template <class T>
 void run(const Header& h) {
+#if defined(NBL_QUANTIZED)
+  if constexpr (sizeof(T) == 2) {
+    if (h.kernel == kDequantizeRows) {
+      if (h.format == static_cast<int>(WeightFormat::kInt8)) return run_dequantize<T, int8_t>(h);
+      if (h.format == static_cast<int>(WeightFormat::kFp8))
+        return run_dequantize<T, float8_e4m3>(h);
+      return run_dequantize<T, int4_group>(h);
+    }
+  }
+#endif
   if (h.kernel == kLinear) {
     run_skinny<T>(h);
   } else if (h.vector) {

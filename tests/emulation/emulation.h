@@ -566,6 +566,42 @@ Float2 unpack2(uint32_t packed) {
           to_float(T{static_cast<uint16_t>(packed >> 16)})};
 }
 
+template <class T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto half = [&](int i) {
+    using emulation::element;
+    const double sum = element<T>(a, i) * element<T>(b, i) + element<T>(c, i);
+    return uint32_t{from_float<T>(static_cast<float>(sum)).bits};
+  };
+  return half(0) | half(1) << 16;
+}
+
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+
+#if !defined(NBL_HAS_FP8_CONVERSION)
+#define NBL_HAS_FP8_CONVERSION 0
+#endif
+constexpr bool kHasFp8Conversion = NBL_HAS_FP8_CONVERSION;
+
+inline uint32_t fp8_to_half2(uint32_t bytes) {
+  const auto half = [&](int i) {
+    const float8_e4m3 number{static_cast<uint8_t>(bytes >> (8 * i))};
+    return uint32_t{from_float<float16>(to_float(number)).bits};
+  };
+  return half(0) | half(1) << 16;
+}
+
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 15;
+    emulation::require(digit < 8, "a byte that is not there");
+    picked |= static_cast<uint32_t>(bytes >> (8 * digit) & 255) << (8 * i);
+  }
+  return picked;
+}
+
 inline float rsqrt_approx(float value) { return 1.0f / std::sqrt(value); }
 
 }  // namespace nbl

@@ -221,6 +221,53 @@ NBL_DEVICE Float2 unpack2<float16>(uint32_t packed) {
   return v;
 }
 
+// a · b + c of each half, rounded once; subnormal numbers are kept.
+template <class T>
+NBL_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+NBL_DEVICE uint32_t fma2<bfloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+template <>
+NBL_DEVICE uint32_t fma2<float16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// (a & b) | c, as one instruction even where b and c are constants.
+NBL_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// Whether there is an instruction that makes float16 of e4m3.
+#if __CUDA_ARCH__ >= 890
+constexpr bool kHasFp8Conversion = true;
+#else
+constexpr bool kHasFp8Conversion = false;
+#endif
+
+// The two lowest bytes, e4m3, as float16.
+NBL_DEVICE uint32_t fp8_to_half2(uint32_t bytes) {
+  uint32_t halves = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
+#endif
+  return halves;
+}
+
+// Four of the bytes of a (0 to 3) and b (4 to 7), each named by a digit of the selector, the last
+// one for the lowest byte.
+NBL_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
 NBL_DEVICE float rsqrt_approx(float value) { return rsqrtf(value); }  // 2 ulp
 
 NBL_DEVICE void trap() { asm volatile("trap;"); }

@@ -2,6 +2,7 @@
 //
 //   rms_norm_rows   out[i] = x[i] / sqrt(mean(x[i]²) + eps) · γ        one rounding, at the end
 //   silu_mul_rows   out[i] = silu(gate_up[i, :n]) · gate_up[i, n:]     one rounding, at the end
+//   dequantize_rows out[i] = quantized weight[i] · its scales          one rounding, at the end
 //
 // One block per row. A thread takes every kRowThreads-th granule of 16 bytes, the widest access
 // there is; rms_norm_rows reads a row twice, the second time from the cache. Where 16-byte accesses
@@ -9,6 +10,7 @@
 #pragma once
 
 #include "nbl/cuda/ptx.cuh"
+#include "nbl/cuda/weight_formats.cuh"
 
 namespace nbl {
 
@@ -33,6 +35,18 @@ NBL_DEVICE void unpack<float>(const Bytes16& granule, float (&values)[4]) {
   for (int i = 0; i < 4; ++i) values[i] = bits_to_float(granule.word[i]);
 }
 
+template <class T, int kCount, int kValues>
+NBL_DEVICE void unpack_all(const Bytes16 (&granules)[kCount], float (&values)[kValues]) {
+  static_assert(kValues == kCount * kGranule<T>, "as many values as the granules hold");
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float part[kGranule<T>];
+    unpack<T>(granules[i], part);
+#pragma unroll
+    for (int e = 0; e < kGranule<T>; ++e) values[i * kGranule<T> + e] = part[e];
+  }
+}
+
 template <class T>
 NBL_DEVICE Bytes16 pack(const float (&values)[kGranule<T>]) {
   Bytes16 granule;
@@ -52,6 +66,7 @@ NBL_DEVICE Bytes16 pack<float>(const float (&values)[4]) {
 NBL_DEVICE uint32_t element_bits(float value) { return float_to_bits(value); }
 NBL_DEVICE uint32_t element_bits(bfloat16 value) { return value.bits; }
 NBL_DEVICE uint32_t element_bits(float16 value) { return value.bits; }
+NBL_DEVICE uint32_t element_bits(uint8_t value) { return value; }
 
 // The granule row[k … k + kGranule), zeros from `end` on, gathered by elements.
 template <class T>
@@ -61,7 +76,7 @@ NBL_DEVICE Bytes16 gather(const T* row, int k, int end) {
 #pragma unroll
   for (int i = 0; i < kGranule<T>; ++i) {
     if (k + i < end) {
-      granule.word[i / kPerWord] |= element_bits(row[k + i]) << (i % kPerWord * 16);
+      granule.word[i / kPerWord] |= element_bits(row[k + i]) << (i % kPerWord * (32 / kPerWord));
     }
   }
   return granule;
@@ -188,6 +203,52 @@ __global__ void __launch_bounds__(kRowThreads) silu_mul_rows(NBL_PARAM SiluMulPa
 #pragma unroll
     for (int i = 0; i < kGranule<T>; ++i) g[i] = silu(g[i]) * u[i];
     store_granule<T, kVector>(out, n, p.n, g);
+  }
+}
+
+struct DequantizeParams {
+  const void* weight;        // (rows, k) of W; int4: (rows, 64 · ceil(k / 128)) bytes
+  int64_t weight_stride;     // bytes
+  const void* weight_scale;  // float32 (rows); int4: bfloat16 (rows, ceil(k / 128))
+  bool vector;               // all rows of the weight allow 16-byte loads
+  void* out;                 // (rows, k) of T
+  int64_t out_stride;        // elements, a multiple of 8: what is past k may be written
+  int k;
+};
+
+// Grid: one block of kRowThreads per row. T: bfloat16 or float16.
+template <class T, class W>
+__global__ void __launch_bounds__(kRowThreads) dequantize_rows(NBL_PARAM DequantizeParams p) {
+  constexpr bool kGroups = sizeof(W) > 1;
+  constexpr int kParts = kGroups ? 4 : 2, kPartStride = kGroups ? 32 : 8;
+  const int64_t row = blockIdx.x;
+  const int groups = (p.k + int{kInt4Group} - 1) / int{kInt4Group};
+  const int bytes = kGroups ? groups * int{sizeof(int4_group)} : p.k;
+  const uint8_t* weight = static_cast<const uint8_t*>(p.weight) + row * p.weight_stride;
+  T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  for (int i = threadIdx.x * 16; i < bytes; i += kRowThreads * 16) {
+    const Bytes16 granule = p.vector ? load_streaming(weight + i) : gather(weight, i, bytes);
+    int first = i;  // the k of its first weight
+    float scale;
+    if constexpr (kGroups) {
+      first = i / 64 * int{kInt4Group} + i % 64 / 2;
+      scale = to_float(static_cast<const bfloat16*>(p.weight_scale)[row * groups + i / 64]);
+    } else {
+      scale = static_cast<const float*>(p.weight_scale)[row];
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int k = first + part * kPartStride;
+      if (k < p.k) {
+        float v[8];
+        unpack<float16>(widen<float16>(W{}, granule, part), v);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] *= scale;
+        store_16(out + k, pack<T>(v));
+      }
+    }
   }
 }
 

@@ -1,7 +1,8 @@
 // The fused skinny linear: out = epilogue(weight · prologue(x)) for few rows of x (decode).
 //
 //   x       (m, k)   tokens; f = x, or RMSNorm(x)·γ
-//   weight  (n, k)   or (2n, k) for swiglu: n gate rows, then n up rows
+//   weight  (n, k)   or (2n, k) for swiglu: n gate rows, then n up rows; in the type of x, or
+//                    quantized (nbl/dtypes.h): int8, fp8 with a scale per row, int4 per group
 //   out     (m, n)   f · weightᵀ + bias + residual, or silu(gate) · up; float32 until then, one
 //                    rounding at the end
 //
@@ -32,13 +33,17 @@
 //         gate row and row g + 8 its up row.
 //   fma   one token, and float32: each lane multiplies its granules in float32, a warp covers 512
 //         consecutive bytes of each row of the tile.
+// A granule of a quantized weight becomes, in registers, two (8 bits) or four (int4) granules of 8
+// numbers each, exactly, that are multiplied as above: consecutive ones, or 32 columns apart within
+// a group of int4, whose 64 bytes lie with four neighbouring lanes. Scales of rows multiply the
+// finished sums; of int4, the products of a group are summed on their own, then scaled.
 //
 // RMSNorm costs no pass of its own. γ is multiplied in as x is read, Σ x² is gathered beside the
-// products, and 1/sqrt(mean + eps) scales the finished sums. In the fma products all of this is
-// float32; in mma products x·γ is rounded to T, without the scale that PyTorch has multiplied in
-// before it rounds: the relative error is that of one rounding, as there. In float16 x·γ could
-// overflow without the scale, so there (kNormFirst) each block reads x once more, beforehand, for
-// the scale.
+// products (mma: as the diagonal of x · xᵀ), and 1/sqrt(mean + eps) scales the finished sums. In
+// the fma products all of this is float32; in mma products x·γ is rounded to T, without the scale
+// that PyTorch has multiplied in before it rounds: the relative error is that of one rounding, as
+// there. In float16 x·γ could overflow without the scale, so there (kNormFirst) each block reads x
+// once more, beforehand, for the scale.
 //
 // Tokens past m and rows past n are copies of the last one: computed, never written. What is past k
 // counts as zero, in x and in the weight.
@@ -46,6 +51,7 @@
 
 #include "nbl/cuda/linear_tiles.h"
 #include "nbl/cuda/row_ops.cuh"
+#include "nbl/cuda/weight_formats.cuh"
 
 namespace nbl {
 
@@ -60,28 +66,59 @@ NBL_DEVICE int64_t first_token(const LinearParams& p) {
   return int64_t{static_cast<int>(blockIdx.x) % token_groups<Tile>(p)} * Tile::kTokens;
 }
 
+// Which output of its tile row `r` belongs to: every row is one, or a gate (half 0) or up row (1).
+template <class Tile>
+NBL_DEVICE int row_output(const LinearParams& p, int r) {
+  constexpr int kHalf = Tile::kHalf;
+  return p.swiglu ? r / (2 * kHalf) * kHalf + r % kHalf : r;
+}
+
+template <class Tile>
+NBL_DEVICE int row_half(const LinearParams& p, int r) {
+  return p.swiglu ? r / Tile::kHalf % 2 : 0;
+}
+
 template <class Tile>
 NBL_DEVICE int64_t first_output(const LinearParams& p) {
-  return int64_t{static_cast<int>(blockIdx.x) / token_groups<Tile>(p)} * Tile::kOutputs;
+  const int outputs = p.swiglu ? Tile::kRows / 2 : Tile::kRows;
+  return int64_t{static_cast<int>(blockIdx.x) / token_groups<Tile>(p)} * outputs;
 }
 
-// Row of the tile that holds the sum of an output: its only one, or its gate (half 0) or up (1).
+// The row of the weight that is row `r` of the tile.
 template <class Tile>
-NBL_DEVICE int tile_row(int output, int half) {
-  if constexpr (!Tile::kSwiglu) return output;
-  return (output / Tile::kHalf * 2 + half) * Tile::kHalf + output % Tile::kHalf;
+NBL_DEVICE int64_t weight_row(const LinearParams& p, int r) {
+  const int64_t column = first_output<Tile>(p) + row_output<Tile>(p, r);
+  return (column < p.n ? column : p.n - 1) + int64_t{row_half<Tile>(p, r)} * p.n;
 }
 
-// The weight row that is row `r` of the tile: the inverse of the above.
+// Where weight k of such a row is, for k from where a step begins; int4 lies there in bytes.
 template <class Tile>
-NBL_DEVICE const typename Tile::T* weight_row(const LinearParams& p, int r) {
-  constexpr int kHalf = Tile::kHalf;
-  const int output = Tile::kSwiglu ? r / (2 * kHalf) * kHalf + r % kHalf : r;
-  const int half = Tile::kSwiglu ? r / kHalf % 2 : 0;
-  const int64_t column = first_output<Tile>(p) + output;
-  const int64_t row = (column < p.n ? column : p.n - 1) + int64_t{half} * p.n;
-  return static_cast<const typename Tile::T*>(p.weight) + row * p.weight_stride;
-}
+struct WeightPointer {
+  using Element = typename StoredAs<typename Tile::W>::Element;
+  const Element* address;
+
+  NBL_DEVICE WeightPointer() {}
+  NBL_DEVICE WeightPointer(const LinearParams& p, int64_t row, int k, int granule)
+      : address(static_cast<const Element*>(p.weight) + row * p.weight_stride + elements(k) +
+                granule * (16 / int{sizeof(Element)})) {}
+
+  NBL_DEVICE static int elements(int k) { return Tile::kGroups ? k / 2 : k; }
+  NBL_DEVICE void advance(int k) { address += elements(k); }
+  NBL_DEVICE void prefetch(int k) const { prefetch_l2(address + elements(k)); }
+
+  // The granule k further on; zeros from `end` on, which no group of int4 crosses.
+  NBL_DEVICE Bytes16 load(int k, int end) const {
+    if constexpr (Tile::kVector) {
+      Bytes16 granule = {};
+      if (k < end) granule = load_streaming(address + elements(k));
+      return granule;
+    } else if constexpr (Tile::kGroups) {
+      return gather(address + elements(k), 0, k < end ? 16 : 0);
+    } else {
+      return gather(address, k, end);
+    }
+  }
+};
 
 template <class Tile>
 NBL_DEVICE const typename Tile::T* token_row(const LinearParams& p, int token) {
@@ -89,45 +126,85 @@ NBL_DEVICE const typename Tile::T* token_row(const LinearParams& p, int token) {
   return static_cast<const typename Tile::T*>(p.x) + (row < p.m ? row : p.m - 1) * p.x_stride;
 }
 
+// The scale of a group of int4, as it was loaded; nothing where the tile has none.
+template <class Tile, bool kGroups = Tile::kGroups>
+struct GroupScale {};
 template <class Tile>
-NBL_DEVICE Bytes16 load_weights(const typename Tile::T* row, int k, int end) {
-  if constexpr (Tile::kVector) {
-    Bytes16 granule = {};
-    if (k < end) granule = load_streaming(row + k);
-    return granule;
-  } else {
-    return gather(row, k, end);
+struct GroupScale<Tile, true> {
+  bfloat16 bits;
+  NBL_DEVICE float value() const { return to_float(bits); }
+};
+
+// Where the scale of a row's group is that holds k.
+template <class Tile, bool kGroups = Tile::kGroups>
+struct GroupScalePointer {
+  NBL_DEVICE GroupScalePointer() {}
+  NBL_DEVICE GroupScalePointer(const LinearParams&, int64_t, int) {}
+  NBL_DEVICE void advance(int) {}
+  NBL_DEVICE GroupScale<Tile> load(int, int) const { return {}; }
+};
+template <class Tile>
+struct GroupScalePointer<Tile, true> {
+  const bfloat16* address;
+
+  NBL_DEVICE GroupScalePointer() {}
+  NBL_DEVICE GroupScalePointer(const LinearParams& p, int64_t row, int k)
+      : address(static_cast<const bfloat16*>(p.weight_scale) +
+                row * ((p.k + int{kInt4Group} - 1) / int{kInt4Group}) + k / int{kInt4Group}) {}
+  NBL_DEVICE void advance(int k) { address += k / int{kInt4Group}; }
+
+  // Of the four lanes that share a group the later ones may have no k left before `end`; their
+  // sums are of all four.
+  NBL_DEVICE GroupScale<Tile> load(int k, int end) const {
+    GroupScale<Tile> scale = {};
+    if (k < end + static_cast<int>(threadIdx.x) % 4 * 8) {
+      scale.bits = address[k / int{kInt4Group}];
+    }
+    return scale;
   }
-}
+};
 
 // ---- The products of one warp ------------------------------------------------------------------
 
-// For lane 4g + t: rows 16i + g and 16i + 8 + g of the tile, tokens 8j + g, k from 8t on.
+// For lane 4g + t: rows 16i + g and 16i + 8 + g of the tile, tokens 8j + g. Of the k of a step it
+// has those of its 16 bytes of weights, from first_k on.
 template <class Tile>
 struct MmaProducts {
   using T = typename Tile::T;
   static constexpr int kRowTiles = Tile::kRows / 16;
   static constexpr int kTokenTiles = Tile::kTokens / 8;
   static constexpr int kTokens = Tile::kTokens;
+  static constexpr int kParts = Tile::kParts;
 
-  struct Step {
-    Bytes16 weights[kRowTiles][2], x[kTokenTiles], gamma;
+  struct Weights {
+    Bytes16 granule[kRowTiles][2];
+    GroupScale<Tile> scale[kRowTiles][2];
   };
 
-  const T* weight[kRowTiles][2];  // at the k of this lane's next step, as the other two
+  struct Inputs {
+    Bytes16 x[kTokenTiles][kParts], gamma[kParts];
+  };
+
+  WeightPointer<Tile> weight[kRowTiles][2];  // at the k of this lane's next step, as all of these
+  GroupScalePointer<Tile> weight_scale[kRowTiles][2];
   const T* x[kTokenTiles];
   const T* norm_weight;
   float scale[kTokenTiles];  // where kNormFirst
   float sums[kRowTiles][kTokenTiles][4] = {};
-  float squares[kTokenTiles] = {};
+  float squares[kTokenTiles][4] = {};  // x · xᵀ as mma leaves it; its diagonal counts
 
   NBL_DEVICE MmaProducts(const LinearParams& p, int lane, int k) {
-    const int g = lane / 4;
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      weight[i][0] = weight_row<Tile>(p, 16 * i + g) + k;
-      weight[i][1] = weight_row<Tile>(p, 16 * i + 8 + g) + k;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = weight_row<Tile>(p, 16 * i + 8 * half + g);
+        weight[i][half] = WeightPointer<Tile>(p, row, k, t);
+        weight_scale[i][half] = GroupScalePointer<Tile>(p, row, k);
+      }
     }
+    k += first_k(lane);
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) x[j] = token_row<Tile>(p, 8 * j + g) + k;
     norm_weight = static_cast<const T*>(p.norm_weight) + k;
@@ -136,21 +213,24 @@ struct MmaProducts {
   NBL_DEVICE void advance(int k) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      weight[i][0] += k;
-      weight[i][1] += k;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        weight[i][half].advance(k);
+        weight_scale[i][half].advance(k);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) x[j] += k;
     norm_weight += k;
   }
 
-  NBL_DEVICE static int first_k(int lane) { return lane % 4 * 8; }
+  NBL_DEVICE static int first_k(int lane) { return lane % 4 * (Tile::kGroups ? 8 : Tile::kLaneK); }
 
   NBL_DEVICE void prefetch(int k) const {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      prefetch_l2(weight[i][0] + k);
-      prefetch_l2(weight[i][1] + k);
+      weight[i][0].prefetch(k);
+      weight[i][1].prefetch(k);
     }
   }
 
@@ -159,55 +239,113 @@ struct MmaProducts {
     for (int j = 0; j < kTokenTiles; ++j) scale[j] = token_scale[8 * j + lane / 4];
   }
 
-  NBL_DEVICE void load(Step& step, int k, int left) const {
+  NBL_DEVICE void load_weights(Weights& w, int k, int left) const {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      step.weights[i][0] = load_weights<Tile>(weight[i][0], k, left);
-      step.weights[i][1] = load_weights<Tile>(weight[i][1], k, left);
-    }
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      step.x[j] = load_granule<T, Tile::kVector>(x[j], k, left);
+      for (int half = 0; half < 2; ++half) {
+        w.granule[i][half] = weight[i][half].load(k, left);
+        w.scale[i][half] = weight_scale[i][half].load(k, left);
+      }
     }
-    if constexpr (Tile::kNorm) step.gamma = load_granule<T, Tile::kVector>(norm_weight, k, left);
   }
 
-  // x · γ, rounded; gathers Σ x² on the way.
-  NBL_DEVICE Bytes16 normalize(const Bytes16& granule, const float (&gamma)[8], int j) {
-    float v[8];
-    unpack<T>(granule, v);
+  NBL_DEVICE void load_inputs(Inputs& in, int k, int left) const {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if constexpr (Tile::kNormFirst) {
-        v[e] *= scale[j];
-      } else {
-        squares[j] += v[e] * v[e];
+    for (int part = 0; part < kParts; ++part) {
+      const int at = k + part * Tile::kPartStride;
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        in.x[j][part] = load_granule<T, Tile::kVector>(x[j], at, left);
       }
-      v[e] *= gamma[e];
+      if constexpr (Tile::kNorm) {
+        in.gamma[part] = load_granule<T, Tile::kVector>(norm_weight, at, left);
+      }
     }
+  }
+
+  // x · scale · γ, rounded once.
+  NBL_DEVICE static Bytes16 normalize(const Bytes16& granule, float scale, const Bytes16& gamma) {
+    float v[8], factor[8];
+    unpack<T>(granule, v);
+    unpack<T>(gamma, factor);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = v[e] * scale * factor[e];
     return pack<T>(v);
   }
 
-  NBL_DEVICE void multiply(const Step& step) {
-    uint32_t b[kTokenTiles][2][2];
-    float gamma[8];
-    if constexpr (Tile::kNorm) unpack<T>(step.gamma, gamma);
+  // x · γ, rounded.
+  NBL_DEVICE static Bytes16 multiply_pairs(const Bytes16& granule, const Bytes16& gamma) {
+    Bytes16 f;
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      Bytes16 f = step.x[j];
-      if constexpr (Tile::kNorm) f = normalize(f, gamma, j);
+    for (int i = 0; i < 4; ++i) {
+      f.word[i] = fma2<T>(granule.word[i], gamma.word[i], 0x80008000u);  // − 0: no change
+    }
+    return f;
+  }
+
+  // Σ x² of all tokens, by the units that have nothing else to do.
+  NBL_DEVICE void add_squares(const Bytes16 (&x)[kTokenTiles][kParts], int part) {
+    const Bytes16 &low = x[0][part], &high = x[kTokenTiles - 1][part];
 #pragma unroll
-      for (int word = 0; word < 4; ++word) b[j][word / 2][word % 2] = f.word[word];
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t a[4] = {low.word[2 * half], high.word[2 * half], low.word[2 * half + 1],
+                             high.word[2 * half + 1]};
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        const uint32_t b[2] = {x[j][part].word[2 * half], x[j][part].word[2 * half + 1]};
+        mma_m16n8k16<T>(squares[j], a, b);
+      }
+    }
+  }
+
+  NBL_DEVICE void multiply(const Weights& w, const Inputs& in) {
+    uint32_t b[kParts][kTokenTiles][2][2];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if constexpr (Tile::kNorm && !Tile::kNormFirst) add_squares(in.x, part);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        Bytes16 f = in.x[j][part];
+        if constexpr (Tile::kNormFirst) {
+          f = normalize(f, scale[j], in.gamma[part]);
+        } else if constexpr (Tile::kNorm) {
+          f = multiply_pairs(f, in.gamma[part]);
+        }
+#pragma unroll
+        for (int word = 0; word < 4; ++word) b[part][j][word / 2][word % 2] = f.word[word];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      const Bytes16 &low = step.weights[i][0], &high = step.weights[i][1];
+      if constexpr (Tile::kGroups) {
+        float group[kTokenTiles][4] = {};
+        multiply_rows(w.granule[i], b, group);
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const uint32_t a[4] = {low.word[2 * part], high.word[2 * part], low.word[2 * part + 1],
-                               high.word[2 * part + 1]};
+        for (int j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) mma_m16n8k16<T>(sums[i][j], a, b[j][part]);
+          for (int e = 0; e < 4; ++e) sums[i][j][e] += w.scale[i][e / 2].value() * group[j][e];
+        }
+      } else {
+        multiply_rows(w.granule[i], b, sums[i]);
+      }
+    }
+  }
+
+  // Sixteen rows of a step.
+  NBL_DEVICE static void multiply_rows(const Bytes16 (&granule)[2],
+                                       const uint32_t (&b)[kParts][kTokenTiles][2][2],
+                                       float (&d)[kTokenTiles][4]) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const Bytes16 low = widen<T>(typename Tile::W{}, granule[0], part);
+      const Bytes16 high = widen<T>(typename Tile::W{}, granule[1], part);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t a[4] = {low.word[2 * half], high.word[2 * half], low.word[2 * half + 1],
+                               high.word[2 * half + 1]};
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) mma_m16n8k16<T>(d[j], a, b[part][j][half]);
       }
     }
   }
@@ -227,36 +365,52 @@ struct MmaProducts {
       }
     }
     if constexpr (Tile::kNorm && !Tile::kNormFirst) {
+      if (t == g / 2) {  // token 8 j + g is row g or g + 8, and column g = 2 t or 2 t + 1
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        float square = squares[j] + shuffle_xor(squares[j], 1);
-        square += shuffle_xor(square, 2);
-        if (t == 0) record[Tile::kRows * kTokens + 8 * j + g] = square;
+        for (int j = 0; j < kTokenTiles; ++j) {
+          const float even = squares[j][2 * j], odd = squares[j][2 * j + 1];
+          record[Tile::kRows * kTokens + 8 * j + g] = g % 2 == 0 ? even : odd;
+        }
       }
     }
   }
 };
 
-// Every row and token of the tile, k from kGranule · lane on.
+// Every row and token of the tile, the k of this lane's 16 bytes of weights, from first_k on.
 template <class Tile>
 struct FmaProducts {
   using T = typename Tile::T;
   static constexpr int kRows = Tile::kRows;
   static constexpr int kTokens = Tile::kTokens;
+  static constexpr int kParts = Tile::kParts;
+  static constexpr int kPartK = Tile::kPartK;
+  static constexpr int kGranules = kPartK / kGranule<T>;  // of x, in a part
 
-  struct Step {
-    Bytes16 weights[kRows], x[kTokens], gamma;
+  struct Weights {
+    Bytes16 granule[kRows];
+    GroupScale<Tile> scale[kRows];
   };
 
-  const T* weight[kRows];  // at the k of this lane's next step, as the other two
+  struct Inputs {
+    Bytes16 x[kTokens][kParts][kGranules], gamma[kParts][kGranules];
+  };
+
+  WeightPointer<Tile> weight[kRows];  // at the k of this lane's next step, as all of these
+  GroupScalePointer<Tile> weight_scale[kRows];
   const T* x[kTokens];
   const T* norm_weight;
   float sums[kRows][kTokens] = {};
   float squares[kTokens] = {};
 
-  NBL_DEVICE FmaProducts(const LinearParams& p, int, int k) {
+  NBL_DEVICE FmaProducts(const LinearParams& p, int lane, int k) {
+    const int group = Tile::kGroups ? lane / 4 * int{kInt4Group} : 0;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) weight[r] = weight_row<Tile>(p, r) + k;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = weight_row<Tile>(p, r);
+      weight[r] = WeightPointer<Tile>(p, row, k, lane);
+      weight_scale[r] = GroupScalePointer<Tile>(p, row, k + group);
+    }
+    k += first_k(lane);
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) x[j] = token_row<Tile>(p, j) + k;
     norm_weight = static_cast<const T*>(p.norm_weight) + k;
@@ -264,51 +418,83 @@ struct FmaProducts {
 
   NBL_DEVICE void advance(int k) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) weight[r] += k;
+    for (int r = 0; r < kRows; ++r) {
+      weight[r].advance(k);
+      weight_scale[r].advance(k);
+    }
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) x[j] += k;
     norm_weight += k;
   }
 
-  NBL_DEVICE static int first_k(int lane) { return lane * kGranule<T>; }
+  NBL_DEVICE static int first_k(int lane) {
+    if constexpr (Tile::kGroups) return lane / 4 * int{kInt4Group} + lane % 4 * 8;
+    return lane * Tile::kLaneK;
+  }
 
   NBL_DEVICE void prefetch(int k) const {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) prefetch_l2(weight[r] + k);
+    for (int r = 0; r < kRows; ++r) weight[r].prefetch(k);
   }
 
-  NBL_DEVICE void load(Step& step, int k, int left) const {
+  NBL_DEVICE void load_weights(Weights& w, int k, int left) const {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) step.weights[r] = load_weights<Tile>(weight[r], k, left);
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) step.x[j] = load_granule<T, Tile::kVector>(x[j], k, left);
-    if constexpr (Tile::kNorm) step.gamma = load_granule<T, Tile::kVector>(norm_weight, k, left);
+    for (int r = 0; r < kRows; ++r) {
+      w.granule[r] = weight[r].load(k, left);
+      w.scale[r] = weight_scale[r].load(k, left);
+    }
   }
 
-  NBL_DEVICE void multiply(const Step& step) {
-    constexpr int kElements = kGranule<T>;
-    float f[kTokens][kElements];
-    float gamma[kElements];
-    if constexpr (Tile::kNorm) unpack<T>(step.gamma, gamma);
+  NBL_DEVICE void load_inputs(Inputs& in, int k, int left) const {
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      unpack<T>(step.x[j], f[j]);
-      if constexpr (Tile::kNorm) {
+    for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) {
-          squares[j] += f[j][e] * f[j][e];
-          f[j][e] *= gamma[e];
+      for (int i = 0; i < kGranules; ++i) {
+        const int at = k + part * Tile::kPartStride + i * kGranule<T>;
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          in.x[j][part][i] = load_granule<T, Tile::kVector>(x[j], at, left);
+        }
+        if constexpr (Tile::kNorm) {
+          in.gamma[part][i] = load_granule<T, Tile::kVector>(norm_weight, at, left);
         }
       }
     }
+  }
+
+  NBL_DEVICE void multiply(const Weights& w, const Inputs& in) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float w[kElements];
-      unpack<T>(step.weights[r], w);
+    for (int part = 0; part < kParts; ++part) {
+      float f[kTokens][kPartK];
+      float gamma[kPartK];
+      if constexpr (Tile::kNorm) unpack_all<T>(in.gamma[part], gamma);
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
+        unpack_all<T>(in.x[j][part], f[j]);
+        if constexpr (Tile::kNorm) {
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) sums[r][j] += w[e] * f[j][e];
+          for (int e = 0; e < kPartK; ++e) {
+            squares[j] += f[j][e] * f[j][e];
+            f[j][e] *= gamma[e];
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float v[kPartK];
+        if constexpr (Tile::kQuantized) {
+          unpack<float16>(widen<float16>(typename Tile::W{}, w.granule[r], part), v);
+        } else {
+          unpack<T>(w.granule[r], v);
+        }
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          float sum = Tile::kGroups ? 0.0f : sums[r][j];
+#pragma unroll
+          for (int e = 0; e < kPartK; ++e) sum += v[e] * f[j][e];
+          if constexpr (Tile::kGroups) sum = sums[r][j] + w.scale[r].value() * sum;
+          sums[r][j] = sum;
+        }
       }
     }
   }
@@ -377,25 +563,27 @@ NBL_DEVICE bool combine_splits(const LinearParams& p, float* record, uint32_t* a
 template <class Tile>
 NBL_DEVICE void write_outputs(const LinearParams& p, const float* record) {
   using T = typename Tile::T;
-  constexpr int kOutputs = Tile::kOutputs, kTokens = Tile::kTokens;
+  constexpr int kRows = Tile::kRows, kTokens = Tile::kTokens, kHalf = Tile::kHalf;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kOutputs * kTokens; i += kLinearThreads) {
-    const int output = i % kOutputs, token = i / kOutputs;
-    const int64_t n = first_output<Tile>(p) + output;
+  for (int i = threadIdx.x; i < kRows * kTokens; i += kLinearThreads) {
+    const int row = i % kRows, token = i / kRows;
+    const int64_t n = first_output<Tile>(p) + row_output<Tile>(p, row);
     const int64_t m = first_token<Tile>(p) + token;
-    if (n >= p.n || m >= p.m) continue;
+    if (n >= p.n || m >= p.m || row_half<Tile>(p, row) == 1) continue;
     float scale = 1.0f;
     if constexpr (Tile::kNorm && !Tile::kNormFirst) {
-      scale = norm_scale(record[Tile::kRows * kTokens + token], p.k, p.norm_eps);
+      scale = norm_scale(record[kRows * kTokens + token], p.k, p.norm_eps);
     }
-    float value = record[tile_row<Tile>(output, 0) * kTokens + token] * scale;
-    if constexpr (Tile::kSwiglu) {
-      value = silu(value) * (record[tile_row<Tile>(output, 1) * kTokens + token] * scale);
-    } else {
-      if (p.bias) value += to_float(static_cast<const T*>(p.bias)[n]);
-      if (p.residual) {
-        value += to_float(static_cast<const T*>(p.residual)[m * p.residual_stride + n]);
-      }
+    const auto sum = [&](int tile_row, int64_t weight_row) {
+      const float value = record[tile_row * kTokens + token] * scale;
+      if constexpr (!Tile::kQuantized || Tile::kGroups) return value;
+      return value * static_cast<const float*>(p.weight_scale)[weight_row];
+    };
+    float value = sum(row, n);
+    if (p.swiglu) value = silu(value) * sum(row + kHalf, p.n + n);
+    if (p.bias) value += to_float(static_cast<const T*>(p.bias)[n]);
+    if (p.residual) {
+      value += to_float(static_cast<const T*>(p.residual)[m * p.residual_stride + n]);
     }
     static_cast<T*>(p.out)[m * p.out_stride + n] = from_float<T>(value);
   }
@@ -419,7 +607,7 @@ __global__ void __launch_bounds__(kLinearThreads, Tile::kBlocksPerSm)
   const int end = static_cast<int>(begin + p.split_k < p.k ? begin + p.split_k : p.k);
   const int offset = warp * Tile::kStep + Products::first_k(lane);
   int left = end - static_cast<int>(begin) - offset;  // from here to the end
-  Products products(p, lane, static_cast<int>(begin) + offset);
+  Products products(p, lane, static_cast<int>(begin) + warp * Tile::kStep);
   // What is not known to be finished may be brought into L2 already; two lanes have the 32 bytes
   // that memory moves at once.
   if ((p.dependent || Tile::kNormFirst) && lane % 2 == 0) {
@@ -441,17 +629,24 @@ __global__ void __launch_bounds__(kLinearThreads, Tile::kBlocksPerSm)
     products.set_scale(token_scale, lane);
   }
 
-  typename Products::Step steps[kUnroll];
+  constexpr int kInputUnroll = Tile::kInputUnroll;
+  typename Products::Weights weights[kUnroll];
+  typename Products::Inputs inputs[kInputUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) products.load(steps[u], u * kRound, left);
+  for (int u = 0; u < kUnroll; ++u) {
+    products.load_weights(weights[u], u * kRound, left);
+    if (u < kInputUnroll) products.load_inputs(inputs[u], u * kRound, left);
+  }
 #pragma unroll 1  // further unrolling brings no more steps into flight, but takes registers
   for (int64_t round = begin; round < end; round += kUnroll * kRound) {
     products.advance(kUnroll * kRound);
     left -= kUnroll * kRound;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      products.multiply(steps[u]);
-      products.load(steps[u], u * kRound, left);
+      auto& input = inputs[u % kInputUnroll];
+      products.multiply(weights[u], input);
+      products.load_weights(weights[u], u * kRound, left);
+      products.load_inputs(input, (u + kInputUnroll - kUnroll) * kRound, left);
     }
   }
 
