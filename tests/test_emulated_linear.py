@@ -407,6 +407,18 @@ def test_quantized_every_number_means_what_pytorch_says(dtype):
             assert torch.equal(out.nan_to_num(0), expected.nan_to_num(0))
 
 
+@pytest.mark.parametrize("driver", ["weights", "weights_converted"])
+def test_quantized_every_byte_becomes_what_pytorch_says(driver):
+    """With and without the instruction for fp8 that GPUs have from compute capability 8.9 on."""
+    output = torch.frombuffer(bytearray(run_driver(build_driver(driver), b"")), dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8)
+    cases = [(f, t) for f in (torch.int8, torch.float8_e4m3fn) for t in (DTYPES[1], DTYPES[2])]
+    for (format, dtype), part in zip(cases, output.split(512), strict=True):
+        actual, expected = part.view(dtype), codes.view(format).to(dtype)
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.nan_to_num(0), expected.nan_to_num(0))
+
+
 @pytest.mark.parametrize("format", FORMATS[1:])
 @pytest.mark.parametrize("m", [1, 5, 12])
 def test_quantized_non_finite_values_stay_in_their_row_or_column(format, m):
