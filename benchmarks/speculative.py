@@ -3,8 +3,8 @@
 The shipped model continues held-out text greedily, alone and with its own linearized twin drafting:
 by nbl.Runner (`draft_layers`) and by transformers' assisted generation (`assistant_model`). Alone
 and drafted take turns, prompt by prompt; a ratio compares two times of the same turn, and the
-tokens must be equal. The shipped model is small: a pass costs overhead more than bytes, so that
-acceptance says more here than the speed.
+tokens must be equal. A draft keeps the MLPs and the head: its pass is not much cheaper than the
+model's own unless attention to a long KV cache is what costs.
 
     python benchmarks/speculative.py
     python benchmarks/speculative.py --calibration-tokens 16384 --prompts 2 --json none
