@@ -13,22 +13,27 @@ from __future__ import annotations
 from nbl_kernels import __version__
 
 from . import models
+from .cache import CacheBytes, cache_bytes
 from .calibration import Calibration, calibrate
 from .drafting import DraftReport, draft_model
 from .evaluation import Perplexity, perplexity
 from .linearization import drop, linearize, restore
+from .memory import Memory
 from .models import linearized_layers
 from .optimization import optimize, weight_bytes
 from .ranking import LayerScore
 from .runner import Runner
 
 __all__ = [
+    "CacheBytes",
     "Calibration",
     "DraftReport",
     "LayerScore",
+    "Memory",
     "Perplexity",
     "Runner",
     "__version__",
+    "cache_bytes",
     "calibrate",
     "draft_model",
     "drop",

@@ -15,13 +15,29 @@ __all__ = ["Batch", "count_tokens", "read_batches"]
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids (B, T) int64; attention_mask (B, T) bool, or None without padding.
+    """input_ids (B, T) int64; attention_mask (B, T) bool, or None without padding; position_ids
+    (B, T) int64 of packed texts, or None.
 
-    Both on the model's device.
+    All on the model's device.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
+    position_ids: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of a model's forward."""
+        inputs = {name: getattr(self, name) for name in ("attention_mask", "position_ids")}
+        present = {name: t for name, t in inputs.items() if t is not None}
+        return {"input_ids": self.input_ids, **present}
+
+    @property
+    def starts(self) -> Tensor | None:
+        """(B, T) bool: the first token of every packed text but the row's first."""
+        if self.position_ids is None:
+            return None
+        return torch.diff(self.position_ids, dim=-1, prepend=self.position_ids[:, :1] - 1) != 1
 
     @property
     def tokens(self) -> int:
@@ -61,11 +77,12 @@ def count_tokens(batches: Any) -> int | None:
 
 
 def _checked(item: Any, name: str, vocab_size: int, device: torch.device) -> Batch:
-    mask = None
+    mask = positions = None
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             raise ValueError(f"{name}: expected the key 'input_ids', got {sorted(item)}")
-        mask, item = item.get("attention_mask"), item["input_ids"]
+        mask, positions = item.get("attention_mask"), item.get("position_ids")
+        item = item["input_ids"]
     if not isinstance(item, Tensor):
         raise TypeError(
             f"{name}: expected a LongTensor (B, T) or a dict, got {type(item).__name__}"
@@ -91,4 +108,14 @@ def _checked(item: Any, name: str, vocab_size: int, device: torch.device) -> Bat
             raise ValueError(f"{name}: attention_mask: expected only 0 and 1")
         mask = mask.bool()
         mask = None if bool(mask.all()) else mask.to(device)
-    return Batch(item.to(device, torch.int64), mask)
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.shape != item.shape:
+            got = tuple(positions.shape) if isinstance(positions, Tensor) else positions
+            raise ValueError(f"{name}: position_ids: expected shape {tuple(item.shape)}, got {got}")
+        if mask is not None:
+            raise ValueError(
+                f"{name}: position_ids: expected no padding beside them (transformers tells packed "
+                "texts by their positions only without an attention_mask)"
+            )
+        positions = positions.to(device, torch.int64)
+    return Batch(item.to(device, torch.int64), mask, positions)

@@ -91,6 +91,11 @@ def draft_model(
     """
     family = family_of(model)
     check_no_draft(model)
+    if cal.down_proj:
+        raise ValueError(
+            "cal: expected one without refitted down projections, which a draft shares with its "
+            "original"
+        )
     options = {"criterion": criterion, "ridge": ridge, "bias": bias, "rank": rank}
     own = linear_layers(model, cal, layers, **options, batches=batches, maps=maps)
     config = copy.deepcopy(model.config)

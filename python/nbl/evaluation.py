@@ -39,7 +39,8 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
 
     Args:
         model: a transformers causal LM; used in eval mode and given back in the mode it was in.
-        batches: LongTensors (B, T), or dicts with input_ids and attention_mask (B, T).
+        batches: LongTensors (B, T), or dicts with input_ids and attention_mask (B, T), or with
+            input_ids and position_ids of packed texts, as :func:`nbl.calibrate` takes them.
 
     Raises:
         ValueError, TypeError: a bad batch, by its index; no token to predict.
@@ -50,14 +51,15 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
     with eval_mode(model):
         for batch in read_batches(batches, model):
             ids = batch.input_ids
-            hidden = model.base_model(
-                input_ids=ids, attention_mask=batch.attention_mask, use_cache=False
-            ).last_hidden_state[:, :-1]
+            hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
             labels = ids[:, 1:]
+            predicted = None
             if batch.attention_mask is not None:
-                real = batch.attention_mask.bool()
-                real = real[:, 1:] & real[:, :-1]
-                hidden, labels = hidden[real], labels[real]
+                predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+            elif batch.starts is not None:
+                predicted = ~batch.starts[:, 1:]
+            if predicted is not None:
+                hidden, labels = hidden[predicted], labels[predicted]
             hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
             rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
             for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):

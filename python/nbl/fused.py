@@ -27,7 +27,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import nbl_kernels as nk
 
-from .models import LinearizedDecoderLayer
+from .models import LinearizedDecoderLayer, MemorySpan
 from .quantized import (
     QuantizedLinear,
     is_plain_or_quantized,
@@ -188,12 +188,20 @@ class FusedLayer:
 
 
 class FusedLinearizedDecoderLayer(FusedLayer, LinearizedDecoderLayer):
-    """Three launches: the map, gate with up, down."""
+    """The map, gate with up, down: three launches without a memory."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        past_key_values: Any = None,
+        memory_span: MemorySpan | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        memory = {"past_key_values": past_key_values, "memory_span": memory_span}
         if not self._runs_fused(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
-        return self._mlp(self._attention(hidden_states))
+            return super().forward(hidden_states, *args, **memory, **kwargs)
+        return self._mlp(self._attention(hidden_states, past_key_values, memory_span))
 
 
 class FusedAttentionLayer(FusedLayer):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
-from .fused import FusedLayer, fuse, unfuse
+from .fused import FusedLayer, check_plain, fuse, unfuse
 from .models import (
     LayerSpec,
     LinearizedDecoderLayer,
@@ -33,6 +33,8 @@ __all__ = ["drop", "linearize", "restore"]
 # Where a model keeps the layers that were replaced: a plain dict, so that they are in no state_dict
 # and follow no .to().
 _ORIGINALS = "_nbl_original_layers"
+# And, likewise, the weights of refitted down projections.
+_ORIGINAL_DOWN = "_nbl_original_down_proj"
 # Where a draft keeps the ids of its own layers, the first to be replaced first.
 DRAFT_ORDER = "_nbl_draft_order"
 
@@ -48,6 +50,8 @@ def linearize(
     rank: int | None = None,
     batches: Iterable[Any] | None = None,
     maps: Mapping[int, nk.Lmmse] | None = None,
+    sequential: bool = False,
+    refit_mlp: bool = False,
 ) -> PreTrainedModel:
     """Replaces attention layers by their best linear maps, in place: h = x + W f(x) + b.
 
@@ -65,9 +69,13 @@ def linearize(
             ``cal.rank(criterion)``; or their ids. An id that is linearized already gets a new map.
         criterion: see :meth:`nbl.Calibration.rank`; used when `layers` is a number.
         ridge, bias, rank: see :meth:`nbl.Calibration.solve`.
-        batches: token batches, for criterion "loss".
+        batches: token batches, for criterion "loss" and for `sequential`.
         maps: {layer: nk.Lmmse} that ``cal.solve`` gave with the same bias and rank, to solve
-        nothing.
+            nothing.
+        sequential, refit_mlp: fit the maps of these layers anew, on `batches`, bottom-up, each on
+            what those below it leave; and the down projections: see :func:`nbl.calibrate`. `cal`
+            then only says which layers (and with which features and memory). A calibration that is
+            sequential itself is used as it is, for all of its layers.
 
     Returns:
         model.
@@ -78,8 +86,31 @@ def linearize(
             untouched.
     """
     check_no_draft(model)
-    options = {"criterion": criterion, "ridge": ridge, "bias": bias, "rank": rank}
-    _replace(model, linear_layers(model, cal, layers, **options, batches=batches, maps=maps))
+    if refit_mlp and not sequential:
+        raise ValueError("refit_mlp: expected sequential=True beside it")
+    options = {"ridge": ridge, "bias": bias, "rank": rank}
+    if sequential:
+        if maps is not None:
+            raise ValueError("maps: expected None with sequential=True, which solves for its own")
+        if batches is None:
+            raise ValueError("sequential: expected batches to fit the maps on")
+        if iter(batches) is batches:  # a generator, which the criterion may read as well
+            batches = list(batches)
+        _check_model(model, cal)
+        layers = _chosen(model, cal, layers, criterion, batches, **options)
+        if not layers:
+            return model
+        from .calibration import calibrate
+
+        own = {"features": cal.features, "memory": cal.memory, "progress": False}
+        fitted = {"sequential": True, "refit_mlp": refit_mlp, **options}
+        cal = calibrate(model, batches, layers=layers, **own, **fitted)
+    replacements = linear_layers(
+        model, cal, layers, criterion=criterion, **options, batches=batches, maps=maps
+    )
+    for i in cal.down_proj:
+        check_plain(model.model.layers[i], f"refit_mlp: model.layers.{i}")
+    _replace(model, replacements, cal.down_proj)
     return model
 
 
@@ -97,11 +128,40 @@ def linear_layers(
 ) -> dict[int, LinearizedDecoderLayer]:
     """What :func:`linearize` puts into the model: {layer: its replacement}, the layer that is to be
     replaced first in front. The model is not changed; errors are those of linearize."""
+    _check_model(model, cal)
+    layers = _chosen(model, cal, layers, criterion, batches, ridge=ridge, bias=bias, rank=rank)
+    if cal.sequential is not None and sorted(layers) != cal.layers:
+        raise ValueError(
+            f"layers: expected {cal.layers}, whose maps were fitted together by a sequential "
+            f"calibration, got {layers}"
+        )
+    if maps is None:
+        maps = cal.solve(ridge=ridge, bias=bias, rank=rank, layers=layers)
+    replacements = {}
+    for i in layers:
+        if i not in maps:
+            raise ValueError(f"maps has no map for layer {i}")
+        spec = map_spec(maps[i], features=cal.features, bias=bias, rank=rank)
+        replacements[i] = linear_layer(_template(model, i, spec), spec, maps[i], i)
+    return replacements
+
+
+def _check_model(model: PreTrainedModel, cal: Calibration) -> None:
     family_of(model)
     check_one_device(model)
     check_dtype(model)
     check_calibration(model, cal)
-    spec = LayerSpec("linear", cal.features, bias, rank)
+
+
+def _chosen(
+    model: PreTrainedModel,
+    cal: Calibration,
+    layers: int | Iterable[int],
+    criterion: str,
+    batches: Iterable[Any] | None,
+    **options: Any,
+) -> list[int]:
+    """The ids that linearize's `layers` means, checked, the first to be replaced in front."""
     if isinstance(layers, int) and not isinstance(layers, bool):
         kept = set(range(model.config.num_hidden_layers)) - set(linearized_layers(model))
         eligible = kept & set(cal.layers)
@@ -110,21 +170,19 @@ def linear_layers(
                 f"layers: expected a number from 0 to {len(eligible)} (calibrated layers that "
                 f"still have attention), got {layers}"
             )
-        options = {"ridge": ridge, "bias": bias, "rank": rank}
         order = cal.rank(criterion, model=model, batches=batches, **options) if layers else []
         layers = [score.layer for score in order if score.layer in eligible][:layers]
     layers = check_layers(model, layers)
     missing = [i for i in layers if i not in cal.layers]
     if missing:
         raise ValueError(f"layers {missing} are not in the calibration, which has {cal.layers}")
-    if maps is None:
-        maps = cal.solve(ridge=ridge, bias=bias, rank=rank, layers=layers)
-    replacements = {}
-    for i in layers:
-        if i not in maps:
-            raise ValueError(f"maps has no map for layer {i}")
-        replacements[i] = linear_layer(_template(model, i, spec), spec, maps[i], i)
-    return replacements
+    return layers
+
+
+def map_spec(solved: nk.Lmmse, *, features: str, bias: bool, rank: int | None) -> LayerSpec:
+    """Of a layer with this map."""
+    filters = {name: getattr(solved, name, ()) for name in ("lags", "decays")}
+    return LayerSpec("linear", features, bias, rank, **filters)
 
 
 def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -146,6 +204,7 @@ def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
 def forget_originals(model: PreTrainedModel) -> None:
     """Frees the layers that were kept aside for :func:`restore`."""
     vars(model).pop(_ORIGINALS, None)
+    vars(model).pop(_ORIGINAL_DOWN, None)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -195,6 +254,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             original._gradient_checkpointing_func = current._gradient_checkpointing_func
         original.gradient_checkpointing = current.gradient_checkpointing
         layers[i] = original
+    for i, weight in vars(model).pop(_ORIGINAL_DOWN, {}).items():
+        linear = layers[i].mlp.down_proj
+        weight.data = weight.data.to(device=linear.weight.device, dtype=linear.weight.dtype)
+        linear.weight = weight
     vars(model).pop(_ORIGINALS, None)
     model.__class__ = family.causal_lm
     model.model.__class__ = family.model
@@ -283,13 +346,11 @@ def linear_layer(
         )
     tensors = (solved.weight,) if spec.rank is None else tuple(solved.factors)
     tensors += (solved.bias,) if spec.bias else ()
-    own = [p for name, p in linear.named_parameters() if name.startswith("linear")]
-    if sorted(t.shape for t in tensors) != sorted(p.shape for p in own):
-        raise ValueError(
-            f"maps[{layer_id}]: expected shapes {[tuple(p.shape) for p in own]}, "
-            f"got {[tuple(t.shape) for t in tensors]}"
-        )
+    shapes = [tuple(t.shape) for t in tensors]
+    if shapes != linear.map_shapes:
+        raise ValueError(f"maps[{layer_id}]: expected shapes {linear.map_shapes}, got {shapes}")
     linear.set_map(solved.weight, solved.bias, solved.factors)
+    own = [p for name, p in linear.named_parameters() if name.startswith("linear")]
     if not all(torch.isfinite(p).all() for p in own):
         raise ValueError(f"layer {layer_id}: the map is not finite in {own[0].dtype}")
     return linear
@@ -324,7 +385,11 @@ def _template(model: PreTrainedModel, layer_id: int, spec: LayerSpec) -> torch.n
     return layer
 
 
-def _replace(model: PreTrainedModel, replacements: Mapping[int, LinearizedDecoderLayer]) -> None:
+def _replace(
+    model: PreTrainedModel,
+    replacements: Mapping[int, LinearizedDecoderLayer],
+    down_proj: Mapping[int, torch.Tensor] | None = None,
+) -> None:
     """Cannot fail half way: everything was built and checked before."""
     if not replacements:
         return
@@ -342,3 +407,9 @@ def _replace(model: PreTrainedModel, replacements: Mapping[int, LinearizedDecode
         layers[i] = replacement
     specs = layer_specs(model.config) | {i: layer.spec for i, layer in replacements.items()}
     model.config.nbl = config_entry(specs)
+    for i, weight in (down_proj or {}).items():
+        linear = layers[i].mlp.down_proj
+        vars(model).setdefault(_ORIGINAL_DOWN, {}).setdefault(i, linear.weight)
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        needs_gradient = linear.weight.requires_grad
+        linear.weight = torch.nn.Parameter(weight.to(**like, copy=True), needs_gradient)

@@ -5,8 +5,8 @@ A linearized model is the stock model with some decoder layers replaced by
 transformers' own code. What a stock model cannot do is taken care of here, once:
 
 * ``config.nbl`` says which layers are linear maps, so that a checkpoint can be rebuilt;
-* a cache keeps nothing for them (:class:`EmptyCacheLayer`), and still answers the questions that
-  transformers asks its first layer;
+* a cache keeps nothing for them but, where there is one, the state of a memory (:mod:`nbl.cache`),
+  and still answers the questions that transformers asks its first layer;
 * a checkpoint that lacks a map is refused (transformers would fill in random numbers and warn).
 
 ``config.layer_types`` is left alone: Qwen looks its masks up by it, and ``generate`` prepares no
@@ -42,11 +42,13 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import nbl_kernels as nk
+from nbl_kernels.memory import Filters
 
+from .cache import EmptyCacheLayer, prepare_entries
 from .quantized import quantized_linears, scale_of
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Family",
     "LayerSpec",
     "LinearizedDecoderLayer",
+    "MemorySpan",
     "NblLlamaConfig",
     "NblLlamaForCausalLM",
     "NblLlamaModel",
@@ -85,12 +88,15 @@ class LayerSpec:
     the other fields are at their defaults.
     features: ``"post-norm"``, f = RMSNorm(x) with the layer's own weight, or ``"pre-norm"``, f = x.
     rank: None for a full ``W`` (d, d), else W = U V is stored as U (d, rank) and V (rank, d).
+    lags, decays: of a map with a memory (:class:`nbl.Memory`); both empty: there is none.
     """
 
     kind: Literal["linear", "drop"]
     features: Literal["pre-norm", "post-norm"] = "post-norm"
     bias: bool = False
     rank: int | None = None
+    lags: tuple[int, ...] = ()
+    decays: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "drop"):
@@ -101,6 +107,26 @@ class LayerSpec:
             raise ValueError(f"bias must be a bool, got {self.bias!r}")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ValueError(f"rank must be None or a positive int, got {self.rank!r}")
+        filters = Filters(self.lags, self.decays)
+        object.__setattr__(self, "lags", filters.lags)
+        object.__setattr__(self, "decays", filters.decays)
+
+    @property
+    def has_memory(self) -> bool:
+        return bool(self.lags or self.decays)
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.lags, self.decays)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; a map without a memory says nothing of one."""
+        entry = asdict(self)
+        for name in ("lags", "decays"):
+            values = entry.pop(name)
+            if self.has_memory:
+                entry[name] = list(values)
+        return entry
 
 
 def layer_specs(config: PreTrainedConfig) -> dict[int, LayerSpec]:
@@ -111,7 +137,7 @@ def layer_specs(config: PreTrainedConfig) -> dict[int, LayerSpec]:
 
 def config_entry(specs: Mapping[int, LayerSpec]) -> dict[str, Any]:
     """``config.nbl`` for these layers (JSON: the keys are strings)."""
-    layers = {str(i): asdict(specs[i]) for i in sorted(specs)}
+    layers = {str(i): specs[i].as_dict() for i in sorted(specs)}
     return {"format_version": _FORMAT_VERSION, "layers": layers}
 
 
@@ -145,6 +171,15 @@ class NblConfigMixin:
 # --- the layer -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class MemorySpan:
+    """Which tokens (B, T) of a forward pass a memory sees: mask False, padding; starts True, the
+    first of a packed sequence. None: all, none."""
+
+    mask: Tensor | None = None
+    starts: Tensor | None = None
+
+
 class LinearizedDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer whose attention is linear: h = x + W f(x) + b, then h + MLP(RMSNorm(h)).
 
@@ -153,6 +188,11 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
     The map is ``linear`` (d, d) or, of reduced rank, ``linear_v`` (rank, d) followed by
     ``linear_u`` (d, rank); a dropped attention has neither. In the weights' dtype, accumulated in
     float32.
+
+    With a memory, h = x + W φ(x) + b, φ of P branches (:mod:`nbl_kernels.memory`). ``linear_v`` is
+    then (P rank, d), the branches one after another; of full rank it is (P d, d) beside
+    ``linear_bias``, and there is no ``linear_u``. The state is in the cache
+    (:class:`nbl.cache.MemoryCacheLayer`).
     """
 
     def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
@@ -160,14 +200,20 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         norm = layer.post_attention_layernorm.weight
         size = norm.shape[0]
         self.spec = spec
+        self.layer_idx = getattr(layer, "self_attn", layer).layer_idx
         if spec.kind == "linear":
             if spec.features == "post-norm":
                 self.input_layernorm = layer.input_layernorm
-            if spec.rank is None:
-                self.linear = _zero_linear(size, size, spec.bias, norm)
-            else:
-                self.linear_v = _zero_linear(size, spec.rank, False, norm)
+            if spec.rank is not None:
+                branches = spec.filters.branches
+                self.linear_v = _zero_linear(size, branches * spec.rank, False, norm)
                 self.linear_u = _zero_linear(spec.rank, size, spec.bias, norm)
+            elif spec.has_memory:
+                self.linear_v = _zero_linear(size, spec.filters.branches * size, False, norm)
+                bias = nn.Parameter(torch.zeros_like(norm)) if spec.bias else None
+                self.register_parameter("linear_bias", bias)
+            else:
+                self.linear = _zero_linear(size, size, spec.bias, norm)
         self.post_attention_layernorm = layer.post_attention_layernorm
         self.mlp = layer.mlp
         self.training = layer.training
@@ -180,6 +226,14 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             if "hooks" in name:
                 setattr(self, name, getattr(layer, name))
 
+    @property
+    def map_shapes(self) -> list[tuple[int, ...]]:
+        """Of what :meth:`set_map` takes: the weight or the factors, then the bias."""
+        size, rank = self.post_attention_layernorm.weight.shape[0], self.spec.rank
+        features = self.spec.filters.branches * size
+        shapes = [(size, features)] if rank is None else [(size, rank), (rank, features)]
+        return shapes + [(size,)] * self.spec.bias
+
     @torch.no_grad()
     def set_map(
         self,
@@ -187,33 +241,56 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         bias: Tensor | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Copies a map in, rounded once to the layer's dtype.
+        """Copies the map in, rounded once to the layer's dtype.
 
-        weight (d, d), bias (d,); with a rank, factors U (d, rank), V (rank, d) take the place of
-        the weight.
+        weight (d, P d), bias (d,); with a rank, factors U (d, rank), V (rank, P d) take the place
+        of the weight. P = 1 without a memory.
         """
-        if self.spec.rank is None:
-            last = self.linear
-            last.weight.copy_(weight)
+        if self.spec.rank is not None:
+            u, v = factors
+            self.linear_u.weight.copy_(u)
+            self.linear_v.weight.copy_(self._branch_after_branch(v))
+            own_bias = self.linear_u.bias
+        elif self.spec.has_memory:
+            self.linear_v.weight.copy_(self._branch_after_branch(weight))
+            own_bias = self.linear_bias
         else:
-            last = self.linear_u
-            last.weight.copy_(factors[0])
-            self.linear_v.weight.copy_(factors[1])
+            self.linear.weight.copy_(weight)
+            own_bias = self.linear.bias
         if self.spec.bias:
-            last.bias.copy_(bias)
+            own_bias.copy_(bias)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _branch_after_branch(self, weight: Tensor) -> Tensor:
+        """(n, P d), a row for each output, as (P n, d)."""
+        return weight.unflatten(1, (self.spec.filters.branches, -1)).transpose(0, 1).flatten(0, 1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        past_key_values: Cache | None = None,
+        memory_span: MemorySpan | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """hidden_states (B, T, d) -> (B, T, d); other arguments concern attention only."""
-        hidden_states = self._attention(hidden_states)
+        hidden_states = self._attention(hidden_states, past_key_values, memory_span)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(
+        self, x: Tensor, cache: Cache | None = None, span: MemorySpan | None = None
+    ) -> Tensor:
         if self.spec.kind == "drop":
             return x
-        norm = {}
-        if self.spec.features == "post-norm":
-            norm_eps = self.input_layernorm.variance_epsilon
-            norm = {"norm_weight": self.input_layernorm.weight, "norm_eps": norm_eps}
+        if self.spec.has_memory:
+            if cache is None:
+                return self._recall(x, self.new_state(x.shape[0]), span)
+            entry = cache.layers[self.layer_idx]
+            state = entry.prepare(x.shape[0], *self.state_shape, x.device)
+            history = entry.history_of(x.shape[1])
+            y = self._recall(x, state, span, history)
+            entry.remember(history)
+            return y
+        norm = self._norm()
         if self.spec.rank is None:
             linear, scale = self.linear, scale_of(self.linear)
             return nk.residual_linear(x, linear.weight, linear.bias, weight_scale=scale, **norm)
@@ -221,8 +298,52 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         g = nk.norm_linear(x, weight=v.weight, weight_scale=scale_of(v), **norm) if norm else v(x)
         return nk.residual_linear(g, u.weight, u.bias, residual=x, weight_scale=scale_of(u))
 
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """(S, r): what a memory keeps of a sequence, in float32."""
+        branches = self.spec.filters.branches
+        return self.spec.filters.slots, self.linear_v.out_features // branches
+
+    def new_state(self, rows: int) -> Tensor:
+        """(rows, S, r): nothing remembered."""
+        device = self.post_attention_layernorm.weight.device
+        return torch.zeros((rows, *self.state_shape), dtype=torch.float32, device=device)
+
+    def _recall(
+        self,
+        x: Tensor,
+        state: Tensor,
+        span: MemorySpan | None = None,
+        history: Tensor | None = None,
+    ) -> Tensor:
+        """x + W φ(x) + b, which takes the state (and its history) on."""
+        span = span or MemorySpan()
+        v, u = self.linear_v, getattr(self, "linear_u", None)
+        return nk.memory_scan(
+            x,
+            v.weight,
+            None if u is None else u.weight,
+            self.linear_bias if u is None else u.bias,
+            state=state,
+            lags=self.spec.lags,
+            decays=self.spec.decays,
+            mask=span.mask,
+            starts=span.starts,
+            history=history,
+            weight_v_scale=scale_of(v),
+            weight_u_scale=None if u is None else scale_of(u),
+            **self._norm(),
+        )
+
+    def _norm(self) -> dict[str, Any]:
+        """Arguments of the kernels: the features are normalized, or not."""
+        if self.spec.features == "pre-norm":
+            return {}
+        norm = self.input_layernorm
+        return {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in asdict(self.spec).items())
+        return ", ".join(f"{k}={v!r}" for k, v in self.spec.as_dict().items())
 
 
 def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) -> nn.Linear:
@@ -232,103 +353,6 @@ def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) 
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear
-
-
-# --- the cache -----------------------------------------------------------------------------------
-
-
-class EmptyCacheLayer(CacheLayerMixin):
-    """The cache entry of a layer without attention: no keys, no values.
-
-    transformers asks entry 0 how many tokens are cached and how large the masks are; an empty entry
-    answers for the first entry that does hold keys. Where every layer is linearized there is none,
-    and it counts the tokens itself.
-    """
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, entries: list[Any], index: int, count: int = 0) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.entries = entries
-        self.index = index
-        self.count = count
-
-    @property
-    def source(self) -> CacheLayerMixin | None:
-        """The first entry with keys."""
-        return next((e for e in self.entries if not isinstance(e, EmptyCacheLayer)), None)
-
-    @property
-    def is_sliding(self) -> bool:
-        return getattr(self.source, "is_sliding", False)
-
-    @property
-    def is_compileable(self) -> bool:
-        return getattr(self.source, "is_compileable", False)
-
-    def get_seq_length(self) -> int:
-        source = self.source
-        return self.count if source is None else source.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        source = self.source
-        return (
-            (self.count + query_length, 0)
-            if source is None
-            else source.get_mask_sizes(query_length)
-        )
-
-    def get_max_length(self) -> int:
-        source = self.source
-        return -1 if source is None else source.get_max_length()
-
-    def prefetch(self) -> None:
-        """An offloading cache fetches the entry after the one in use: the next with keys."""
-        order = self.entries[self.index :] + self.entries[: self.index]
-        following = next((e for e in order if not isinstance(e, EmptyCacheLayer)), None)
-        if following is not None:
-            following.prefetch()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:  # transformers 5.17 still takes the length to keep
-            self.count = min(self.count, tokens_to_remove)
-        else:
-            self.count = max(self.count + tokens_to_remove, 0)
-
-    def reset(self) -> None:
-        self.count = 0
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError(
-            f"this cache was used by a model in which layer {self.index} is linearized; it holds "
-            "no keys for a model in which that layer has attention"
-        )
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None: ...
-    def offload(self) -> None: ...
-    def reorder_cache(self, beam_idx: Tensor) -> None: ...
-    def batch_repeat_interleave(self, repeats: int) -> None: ...
-    def batch_select_indices(self, indices: Tensor) -> None: ...
-
-
-def empty_linearized_entries(cache: Cache, config: PreTrainedConfig) -> None:
-    """Puts an :class:`EmptyCacheLayer` at every linearized layer of a cache, in place.
-
-    A cache that attention layers filled before their linearization loses those keys; the number of
-    tokens stays what it was.
-    """
-    entries = cache.layers
-    # DynamicCache() appends entries when they are first written to: the linearized ones never would
-    # be.
-    while len(entries) < config.num_hidden_layers and cache.layer_class_to_replicate is not None:
-        entries.append(cache.layer_class_to_replicate())
-    for i in linearized_layers(config):
-        entry = entries[i]
-        if not isinstance(entry, EmptyCacheLayer):
-            count = entry.get_seq_length() if isinstance(entry, CacheLayerMixin) else 0
-            entries[i] = EmptyCacheLayer(entries, i, int(count))
 
 
 # --- the models ----------------------------------------------------------------------------------
@@ -395,9 +419,14 @@ class NblModelMixin(NblPreTrainedMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        memory_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The stock forward, with a cache that has nothing for the linearized layers."""
+        """The stock forward, with a cache that has no keys for the linearized layers.
+
+        memory_mask: (B, T) of the new tokens, 0 where padding: what a memory needs to know where
+        the attention_mask is not 2-dimensional. ``generate`` passes it on.
+        """
         if use_cache is None:
             use_cache = self.config.use_cache and not (
                 self.gradient_checkpointing and self.training
@@ -405,8 +434,19 @@ class NblModelMixin(NblPreTrainedMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         cached = isinstance(past_key_values, Cache)
+        specs = {
+            i: layer.spec
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer, LinearizedDecoderLayer)
+        }
         if cached:
-            empty_linearized_entries(past_key_values, self.config)
+            prepare_entries(past_key_values, self.config.num_hidden_layers, specs)
+        if any(spec.has_memory for spec in specs.values()):
+            shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+            positions = None if cached else position_ids  # packed texts are for training
+            span = _memory_span(shape, attention_mask, positions, memory_mask)
+            if span is not None:
+                kwargs["memory_span"] = span
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -420,8 +460,36 @@ class NblModelMixin(NblPreTrainedMixin):
             length = (inputs_embeds if input_ids is None else input_ids).shape[1]
             for entry in past_key_values.layers:
                 if isinstance(entry, EmptyCacheLayer):
-                    entry.count += length
+                    entry.advance(length)
         return outputs
+
+
+def _memory_span(
+    shape: tuple[int, int],
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    memory_mask: Tensor | None,
+) -> MemorySpan | None:
+    """What a memory is to know of the new tokens (B, T); None: nothing."""
+    rows, length = shape
+    if memory_mask is None:
+        memory_mask = attention_mask
+    if memory_mask is not None:
+        if not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2:
+            what = getattr(memory_mask, "shape", type(memory_mask).__name__)
+            raise ValueError(
+                "attention_mask: a model with a memory needs one of shape (batch, tokens), or "
+                f"memory_mask of that shape beside it, got {what}"
+            )
+        return MemorySpan(mask=memory_mask[:, -length:].bool())
+    if position_ids is None:
+        return None
+    # As transformers tells packed sequences: the positions do not go on by one.
+    new = torch.diff(position_ids, dim=-1) != 1
+    if not torch.compiler.is_compiling() and not bool(new.any()):
+        return None
+    first = new.new_zeros(len(new), 1)
+    return MemorySpan(starts=torch.cat([first, new], dim=1).expand(rows, length))
 
 
 class NblForCausalLMMixin(NblPreTrainedMixin):
@@ -435,6 +503,21 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         super().__init__(config)
         become_nbl(self)
         self.model.replace_layers()
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', which makes the mask 4-dimensional for a static cache: a memory is told
+        before which tokens are padding."""
+        inputs = super().prepare_inputs_for_generation(
+            *args, attention_mask=attention_mask, **kwargs
+        )
+        two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if two_dimensional and any(spec.has_memory for spec in layer_specs(self.config).values()):
+            ids = inputs.get("input_ids")
+            new = inputs["inputs_embeds"] if ids is None else ids
+            inputs["memory_mask"] = attention_mask[:, -new.shape[1] :]
+        return inputs
 
 
 class NblLlamaConfig(NblConfigMixin, LlamaConfig):

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .evaluation import perplexity
-from .linearization import check_calibration, check_one_device, linear_layer, replaced
-from .models import LayerSpec, family_of, linearized_layers
+from .linearization import check_calibration, check_one_device, linear_layer, map_spec, replaced
+from .models import family_of, linearized_layers
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -82,10 +82,11 @@ def _loss(
         batches = list(batches)
     layers = [i for i in cal.layers if i not in linearized_layers(model)]
     maps = cal.solve(**options, layers=layers)
-    spec = LayerSpec("linear", cal.features, options["bias"], options["rank"])
+    kind = {"features": cal.features, "bias": options["bias"], "rank": options["rank"]}
     base = perplexity(model, batches).nll
     scores = {}
     for i in layers:
+        spec = map_spec(maps[i], **kind)
         with torch.no_grad():
             layer = linear_layer(model.model.layers[i], spec, maps[i], i)
         with replaced(model, i, layer):
