@@ -3,7 +3,8 @@
 One forward pass over the fused layers (:mod:`nbl.fused`) serves prefill, in chunks, and decode. The
 cache has room for the layers that kept their attention and is allocated once; prompts of different
 lengths are aligned on their right, so that a step writes one slot of it and reads the slots before
-as they lie. The attention itself is a library's (:mod:`nbl.attention`).
+as they lie. The attention itself is a library's (:mod:`nbl.attention`). Layers with a memory keep
+their states beside the cache, and go back to earlier ones where drafted tokens are rejected.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .attention import FlashInferAttention, SdpaAttention, allocate_cache, load_
 from .drafting import DraftReport, count_accepted
 from .fused import FusedHead, FusedLayer, add_linear, fuse, sliding_window
 from .linearization import DRAFT_ORDER
-from .models import family_of
+from .models import LinearizedDecoderLayer, MemorySpan, family_of
 from .optimization import optimize
 from .quantized import QuantizedLinear, scale_of
 
@@ -127,6 +128,7 @@ class Runner:
             self._attend = FlashInferAttention(flashinfer, windows, heads, shape[1:], **where)
         else:
             self._attend = SdpaAttention(windows, heads, model.config.num_key_value_heads)
+        self._states = _States(self._stack, self._drafts, max_batch_size)
         self._cos, self._sin = _rotation_table(model, max_length)
         self._call = 0  # which call the cache belongs to
         self._graphs = _Graphs(self) if cuda_graphs else None
@@ -135,6 +137,11 @@ class Runner:
     def kv_cache_bytes(self) -> int:
         """Memory of the cache: nothing for linearized layers."""
         return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the states of layers with a memory: of one size however long the text."""
+        return self._states.nbytes
 
     # --- what users call -------------------------------------------------------------------------
 
@@ -345,6 +352,7 @@ class Runner:
                 )
         if self._graphs is not None:
             self._graphs.prepare(len(batch.lengths), first, end)
+        self._states.begin(len(batch.lengths))
         self._call += 1
         return self._call
 
@@ -359,6 +367,7 @@ class Runner:
         end = batch.length + max_new_tokens
         call = self._begin(batch, batch.length, end)
         done = torch.zeros(len(batch.lengths), dtype=torch.bool, device=self.device)
+        self._states.observing = None if drafting is None else drafting.stack
         run = [sampler(self._prefill(batch, batch.length)[-1][:, -1])]
         slot = batch.length  # of the tokens that come next
         while True:
@@ -396,15 +405,21 @@ class Runner:
 
         The cache holds what the model wrote for the slots before. The draft's passes write theirs
         from `slot` on, the model's pass writes all of these again, and what it wrote for rejected
-        tokens is overwritten before anything attends to it.
+        tokens is overwritten before anything attends to it. So it is with the states of memories,
+        of the model's layers and of the draft's: the model's pass begins where the draft did, and
+        they then go back to the last accepted token.
         """
+        rows = len(batch.lengths)
+        saved = self._states.save(rows)
         fed = [tokens]
         for i in range(drafting.count(room)):
             logits = self._decode(drafting.stack, batch, fed[-1][:, None], slot + i)
             fed.append(logits[:, -1].argmax(dim=-1))
         fed = torch.stack(fed, dim=1)
+        self._states.restore(saved)
         exact = self._decode(self._stack, batch, fed, slot).argmax(dim=-1)
         accepted = count_accepted(fed[:, 1:], exact, done, stop)
+        self._states.go_back(rows, accepted)
         drafting.note(fed.shape[1] - 1, accepted)
         return list(exact[:, : accepted + 1].unbind(dim=1))
 
@@ -436,8 +451,17 @@ class Runner:
     def _forward(self, stack: _Stack, ids: Tensor, span: _Span) -> Tensor:
         """The residual stream (B, T, d) after all layers."""
         x = self.model.model.embed_tokens(ids)
-        for layer, kept in zip(stack.layers, stack.kept):
-            x = layer._attention(x) if kept is None else self._attention(layer, kept, x, span)
+        states, own = self._states, stack is self._stack
+        for i, (layer, kept) in enumerate(zip(stack.layers, stack.kept)):
+            observer = states.observer(i) if own else None
+            if observer is not None:
+                states.recall(observer, x, span.memory, record=own)
+            if kept is not None:
+                x = self._attention(layer, kept, x, span)
+            elif layer in states:
+                x = states.recall(layer, x, span.memory, record=own)
+            else:
+                x = layer._attention(x)
             x = layer._mlp(x)
         return x
 
@@ -468,7 +492,10 @@ class Runner:
         positions = slots = torch.arange(start, end, device=self.device)
         if batch.padding is not None:
             positions = (slots - batch.padding[:, None]).clamp_min(0)
-        return _Span(positions, slots, self._attend.views(batch, start, end))
+        memory = None
+        if start < batch.length - min(batch.lengths):
+            memory = MemorySpan(mask=batch.visible[:, start:end])
+        return _Span(positions, slots, self._attend.views(batch, start, end), memory)
 
 
 # --- the parts of a request and of a step --------------------------------------------------------
@@ -490,6 +517,7 @@ class _Span:
     positions: Tensor  # (T,) or (B, T), in the text
     slots: Tensor  # (T,), that their keys and values are written to
     views: dict[int | None, Any]  # of the cache, per sliding window
+    memory: MemorySpan | None = None  # which of the tokens are there
 
 
 @dataclass
@@ -519,6 +547,74 @@ class _Stack:
 
     layers: list[Any]
     kept: list[_Kept | None]  # None for the layers without attention
+
+
+class _States:
+    """What the layers with a memory keep: of the model's stack, and of the draft's own layers.
+
+    As with the cache, what counts is the model's own pass: a memory of the draft is not fed by the
+    draft's stream but observes the model's, in front of the layer in whose place it stands. Only
+    between two passes of the model it goes on with the draft's.
+    """
+
+    def __init__(self, stack: _Stack, drafts: list[_Stack], max_batch_size: int) -> None:
+        layers = [*stack.layers, *(drafts[-1].layers if drafts else [])]
+        remembering = [
+            layer
+            for layer in dict.fromkeys(layers)
+            if isinstance(layer, LinearizedDecoderLayer) and layer.spec.has_memory
+        ]
+        self._states = {layer: layer.new_state(max_batch_size) for layer in remembering}
+        # The states after every token of a pass, where some of these may be rejected.
+        self._history = {}
+        if drafts:
+            for layer, state in self._states.items():
+                shape = (max_batch_size, _MOST_ROWS, *state.shape[1:])
+                self._history[layer] = state.new_zeros(shape)
+        self._own = set(stack.layers)
+        self.observing: _Stack | None = None  # the draft's layers in use
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._states
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self._states.values(), *self._history.values()))
+
+    def observer(self, i: int) -> nn.Module | None:
+        """The draft's own layer i, where it has a memory."""
+        layer = None if self.observing is None else self.observing.layers[i]
+        return layer if layer in self._states and layer not in self._own else None
+
+    def recall(self, layer: Any, x: Tensor, span: MemorySpan | None, *, record: bool) -> Tensor:
+        """x + W φ(x) + b, which takes the layer's state on; record: and notes it token by token."""
+        rows, length = x.shape[:2]
+        history = None
+        if record and self.observing is not None and length <= _MOST_ROWS:
+            history = self._history[layer][:rows, :length]
+        return layer._recall(x, self._states[layer][:rows], span, history)
+
+    def begin(self, rows: int) -> None:
+        """Nothing is remembered."""
+        self.observing = None
+        for state in self._states.values():
+            state[:rows] = 0
+
+    def save(self, rows: int) -> list[Tensor]:
+        return [state[:rows].clone() for state in self._states.values()]
+
+    def restore(self, saved: list[Tensor]) -> None:
+        for state, before in zip(self._states.values(), saved, strict=True):
+            state[: len(before)] = before
+
+    def go_back(self, rows: int, token: int) -> None:
+        """To what the states were after this token of the model's last pass."""
+        for layer, state in self._states.items():
+            if layer in self._own or layer in self.observing.layers:
+                state[:rows] = self._history[layer][:rows, token]
 
 
 def _check_draft(draft: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -730,11 +826,15 @@ class _Graphs:
         return min(size, self.runner.max_length)
 
     def run(self, stack: _Stack, rows: int, length: int, bucket: int) -> None:
+        states = self.runner._states
         step = (stack, rows, length, bucket)
+        key = (*step, states.observing)
         with torch.cuda.device(self.runner.device):
-            graph = self.graphs.get(step)
+            graph = self.graphs.get(key)
             if graph is None:
-                graph = self.graphs[step] = self.capture(*step)
+                saved = states.save(rows)
+                graph = self.graphs[key] = self.capture(*step)
+                states.restore(saved)  # capturing ran the step, which took them on
             graph.replay()
 
     def capture(self, *step: Any) -> Any:
@@ -758,6 +858,7 @@ class _Graphs:
         padding = self.padding[:rows, None]
         own = self.slot + torch.arange(length, device=runner.device)
         views = runner._attend.step_views(rows, length, bucket, padding, own)
-        span = _Span((own - padding).clamp_min(0), own, views)
+        memory = MemorySpan(mask=own >= padding) if runner._states else None
+        span = _Span((own - padding).clamp_min(0), own, views, memory)
         x = runner._forward(stack, self.tokens[: rows * length].view(rows, length), span)
         self.logits[: rows * length].copy_(runner._head(x).flatten(0, 1))
