@@ -86,7 +86,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t,
-                        std::initializer_list<int64_t> expected) {
+                        std::initializer_list<int64_t> expected, const char* or_else = "") {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
   for (int64_t size : expected) same = same && t.size(i++) == size;
@@ -94,8 +94,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& t,
   std::ostringstream text;
   i = 0;
   for (int64_t size : expected) text << (i++ ? ", " : "(") << size;
-  fail(op, ": ", name, " must have shape ", text.str(), expected.size() == 1 ? ",)" : ")", ", got ",
-       shape(t));
+  fail(op, ": ", name, " must have shape ", text.str(), expected.size() == 1 ? ",)" : ")", or_else,
+       ", got ", shape(t));
 }
 
 // Rows with a contiguous last dimension: any 2-d row stride is kept, all else becomes contiguous.

@@ -37,7 +37,8 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps) -> Tensor");
 
-  // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y)
+  // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y); a gram
+  // without elements, such as (0, 0), is left out: not computed
   m.def(
       "covariance_update(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "

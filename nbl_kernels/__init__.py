@@ -10,7 +10,7 @@ from nbl_kernels._version import __version__
 from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
 from nbl_kernels.lmmse import Lmmse, canonical_correlations, cca_bound, lmmse_solve
-from nbl_kernels.memory import memory_linear, memory_scan
+from nbl_kernels.memory_covariance import MemoryAccumulator, memory_features
 from nbl_kernels.pages import use_huge_pages
 from nbl_kernels.quantization import dequantize, quantize
 from nbl_kernels.reference import (
@@ -28,6 +28,7 @@ from nbl_kernels.rope import rope_append, rope_tables
 __all__ = [
     "CovarianceAccumulator",
     "Lmmse",
+    "MemoryAccumulator",
     "Moments",
     "__version__",
     "build_info",
@@ -41,8 +42,7 @@ __all__ = [
     "include_dir",
     "lmmse_solve",
     "lmmse_solve_ref",
-    "memory_linear",
-    "memory_scan",
+    "memory_features",
     "norm_linear",
     "norm_linear_ref",
     "norm_swiglu",

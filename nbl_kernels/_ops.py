@@ -184,7 +184,9 @@ def _append(k, v, slots, key_cache, value_cache):
 def _covariance_update(
     features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb
 ):
-    new = reference.covariance_update_ref(features, targets, block, mask)
+    grams = {"ff": gram_ff, "tf": gram_tf, "tt": gram_tt, "bf": gram_bf, "bb": gram_bb}
+    grams = {name: gram for name, gram in grams.items() if gram.numel() > 0}
+    new = reference.covariance_update_ref(features, targets, block, mask, grams=tuple(grams))
     _check(
         all(bool(torch.isfinite(s).all()) for s in new.values()),
         "covariance_update: features, targets and block must be finite; nothing was accumulated",
@@ -192,12 +194,8 @@ def _covariance_update(
     count += new["count"].to(count.device)
     names = ("f", "t") if block is None else ("f", "t", "b")
     sums += torch.cat([new[f"sum_{name}"] for name in names])
-    gram_ff += new["sum_ff"]
-    gram_tf += new["sum_tf"]
-    gram_tt += new["sum_tt"]
-    if block is not None:
-        gram_bf += new["sum_bf"]
-        gram_bb += new["sum_bb"]
+    for name, gram in grams.items():
+        gram += new[f"sum_{name}"]
 
 
 def _on_cpu(op):

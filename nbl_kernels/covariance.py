@@ -73,11 +73,7 @@ class CovarianceAccumulator:
         block_dim: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        dims = {"feature_dim": feature_dim, "target_dim": target_dim, "block_dim": block_dim}
-        for name, dim in dims.items():
-            least = 0 if name == "block_dim" else 1
-            if not isinstance(dim, int) or isinstance(dim, bool) or dim < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {dim!r}")
+        check_dims(feature_dim=feature_dim, target_dim=target_dim, block_dim=block_dim)
         self.feature_dim, self.target_dim, self.block_dim = feature_dim, target_dim, block_dim
         self.device = torch.device(device if device is not None else "cpu")
 
@@ -124,36 +120,13 @@ class CovarianceAccumulator:
             with borrowed("", required, {"block": block, "mask": mask}) as (tensors, _):
                 return self.update(**tensors)
         inputs = {"features": (features, self.feature_dim), "targets": (targets, self.target_dim)}
-        if (block is None) != (self.block_dim == 0):
-            expected = f"(…, {self.block_dim})" if self.block_dim else "absent (block_dim is 0)"
-            raise ValueError(f"block must be {expected}, got {_describe(block)}")
-        if block is not None:
-            inputs["block"] = (block, self.block_dim)
-        rows = []
-        for name, (value, dim) in inputs.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-            if value.dim() < 1 or value.shape != (*features.shape[:-1], dim):
-                leading = ", ".join(map(str, features.shape[:-1])) or "…"
-                raise ValueError(
-                    f"{name} must have shape ({leading}, {dim}), got {_describe(value)}"
-                )
-            if value.device != self.device and value.device.type != self.device.type:
-                raise ValueError(f"{name} must be on {self.device}, got {value.device}")
-            rows.append(value.reshape(-1, dim))
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(f"mask must be a bool tensor, got {_describe(mask)}")
-            if mask.shape != features.shape[:-1]:
-                raise ValueError(
-                    f"mask must have shape {tuple(features.shape[:-1])}, got {_describe(mask)}"
-                )
-            mask = mask.reshape(-1)
+        rows = check_tokens(inputs, block, self.block_dim, self.device)
+        check_mask("mask", mask, features.shape[:-1])
         torch.ops.nbl.covariance_update(
             rows[0],
             rows[1],
             rows[2] if block is not None else None,
-            mask,
+            None if mask is None else mask.reshape(-1),
             self._count,
             self._sums,
             self._gram_ff,
@@ -248,6 +221,49 @@ class CovarianceAccumulator:
     def __repr__(self) -> str:
         dims = ", ".join(f"{name}={dim}" for name, dim in self._dims.items())
         return f"CovarianceAccumulator({dims}, count={self.count}, device={self.device})"
+
+
+def check_dims(**dims: int) -> None:
+    for name, dim in dims.items():
+        least = 0 if name == "block_dim" else 1
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {dim!r}")
+
+
+def check_tokens(
+    inputs: dict[str, tuple[Tensor, int]],
+    block: Tensor | None,
+    block_dim: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """The inputs, each with its last dimension, and the block, as (tokens, dim); the leading shape
+    is that of the first."""
+    if (block is None) != (block_dim == 0):
+        expected = f"(…, {block_dim})" if block_dim else "absent (block_dim is 0)"
+        raise ValueError(f"block must be {expected}, got {_describe(block)}")
+    if block is not None:
+        inputs = inputs | {"block": (block, block_dim)}
+    first = next(iter(inputs.values()))[0]
+    rows = []
+    for name, (value, dim) in inputs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dim() < 1 or value.shape != (*first.shape[:-1], dim):
+            leading = ", ".join(map(str, first.shape[:-1])) or "…"
+            raise ValueError(f"{name} must have shape ({leading}, {dim}), got {_describe(value)}")
+        if value.device != device and value.device.type != device.type:
+            raise ValueError(f"{name} must be on {device}, got {value.device}")
+        rows.append(value.reshape(-1, dim))
+    return rows
+
+
+def check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {_describe(mask)}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {_describe(mask)}")
 
 
 def _describe(value: object) -> str:

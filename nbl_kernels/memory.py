@@ -202,28 +202,7 @@ def memory_scan(
 
     Source: the causal Wiener filter of reduced rank; derived in docs/memory.md.
     """
-    filters = Filters(tuple(lags), tuple(decays))
-    from torch.nn import functional as F
-
-    from nbl_kernels.quantization import dequantize
-
-    f = x if norm_weight is None else F.rms_norm(x, (x.shape[-1],), norm_weight, norm_eps)
-    if weight_v_scale is not None:
-        weight_v = dequantize(weight_v, weight_v_scale, x.shape[-1], x.dtype)
-    g = F.linear(f, weight_v).unflatten(-1, (filters.branches, -1))
-    branches, states = filter_features(g, filters, own=True, state=state, mask=mask, starts=starts)
-    c = branches.sum(2)
-    with torch.no_grad():
-        if states.shape[1]:
-            state.copy_(states[:, -1])
-            if history is not None:
-                history.copy_(states[:, states.shape[1] - history.shape[1] :])
-    r = x if residual is None else residual
-    if weight_u is None:
-        return (r.to(c.dtype) + c + (0 if bias is None else bias)).to(x.dtype)
-    if weight_u_scale is not None:
-        weight_u = dequantize(weight_u, weight_u_scale, c.shape[-1], x.dtype)
-    return r + F.linear(c.to(x.dtype), weight_u, bias)
+    raise NotImplementedError
 
 
 def memory_linear(

@@ -6,6 +6,8 @@ benchmarks show the kernels beside them, and devices without a kernel of ours ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -131,26 +133,28 @@ def _rotated(
 
 
 def covariance_update_ref(
-    features: Tensor, targets: Tensor, block: Tensor | None = None, mask: Tensor | None = None
+    features: Tensor,
+    targets: Tensor,
+    block: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    grams: Sequence[str] = ("ff", "tf", "tt", "bf", "bb"),
 ) -> dict[str, Tensor]:
-    """The raw float64 sums of one update: count, Σf, Σt, Σffᵀ, Σtfᵀ, Σttᵀ (and Σb, Σbfᵀ, Σbbᵀ)."""
+    """The raw float64 sums of one update: count, Σf, Σt, Σffᵀ, Σtfᵀ, Σttᵀ (and Σb, Σbfᵀ, Σbbᵀ), of
+    the Gram matrices those that ``grams`` names."""
 
     def rows(t: Tensor) -> Tensor:
         t = t.reshape(-1, t.shape[-1])
         return (t if mask is None else t[mask.reshape(-1)]).double()
 
-    f, t = rows(features), rows(targets)
-    sums = {
-        "count": torch.tensor(f.shape[0]),
-        "sum_f": f.sum(0),
-        "sum_t": t.sum(0),
-        "sum_ff": f.T @ f,
-        "sum_tf": t.T @ f,
-        "sum_tt": t.T @ t,
-    }
+    inputs = {"f": rows(features), "t": rows(targets)}
     if block is not None:
-        b = rows(block)
-        sums |= {"sum_b": b.sum(0), "sum_bf": b.T @ f, "sum_bb": b.T @ b}
+        inputs["b"] = rows(block)
+    sums = {"count": torch.tensor(inputs["f"].shape[0])}
+    sums |= {f"sum_{name}": value.sum(0) for name, value in inputs.items()}
+    for x, y in grams:
+        if x in inputs:
+            sums[f"sum_{x}{y}"] = inputs[x].T @ inputs[y]
     return sums
 
 

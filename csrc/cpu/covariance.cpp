@@ -193,6 +193,14 @@ void check_sums(const char* name, const Tensor& t, std::initializer_list<int64_t
         " must be a contiguous float64 tensor");
 }
 
+// A Gram matrix without elements is left out: not computed.
+void check_gram(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+  if (t.numel() > 0)
+    check_shape(kOp, name, t, {rows, cols}, " or no elements (left out)");
+  check(t.scalar_type() == ScalarType::Double && t.is_contiguous(), kOp, ": ", name,
+        " must be a contiguous float64 tensor");
+}
+
 void covariance_update(const Tensor& features, const Tensor& targets,
                        const std::optional<Tensor>& block, const std::optional<Tensor>& mask,
                        Tensor count, Tensor sums, Tensor gram_ff, Tensor gram_tf, Tensor gram_tt,
@@ -218,11 +226,11 @@ void covariance_update(const Tensor& features, const Tensor& targets,
   }
   const int64_t df = named[0].dim, dt = named[1].dim, db = block ? named[2].dim : 0;
   check_sums("sums", sums, {df + dt + db});
-  check_sums("gram_ff", gram_ff, {df, df});
-  check_sums("gram_tf", gram_tf, {dt, df});
-  check_sums("gram_tt", gram_tt, {dt, dt});
-  check_sums("gram_bf", gram_bf, {db, df});
-  check_sums("gram_bb", gram_bb, {db, db});
+  check_gram("gram_ff", gram_ff, df, df);
+  check_gram("gram_tf", gram_tf, dt, df);
+  check_gram("gram_tt", gram_tt, dt, dt);
+  check_gram("gram_bf", gram_bf, db, df);
+  check_gram("gram_bb", gram_bb, db, db);
   check(count.scalar_type() == ScalarType::Long && count.numel() == 1, kOp,
         ": count must be one int64");
 
@@ -243,6 +251,7 @@ void covariance_update(const Tensor& features, const Tensor& targets,
   g.shifted = find_shifts(isa, g.inputs, named, tokens, work.shifts);
 
   const auto add_job = [&](int rows, int cols, Tensor& out) {
+    if (out.numel() == 0) return;
     GramJob job{};
     job.row_panel = g.inputs[rows].first_panel;
     job.rows = g.inputs[rows].dim;

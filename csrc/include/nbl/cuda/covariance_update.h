@@ -33,7 +33,7 @@ struct MomentsUpdate {  // the tokens of one layer and the sums they are added t
   int64_t tokens;
   int64_t* count;
   double* sums;  // (all columns)
-  double* grams[kMaxProducts];
+  double* grams[kMaxProducts];  // null: left out
 };
 
 struct BadValue {  // why an update is refused
@@ -77,7 +77,7 @@ void multiply_panels(Device& device, const GramParams& p, bool as_half) {
     for (int product = 0; product < gram_products(problem.num_inputs); ++product) {
       const GramOperand& x = problem.inputs[gram_row_input(product)];
       const GramOperand& y = problem.inputs[gram_col_input(product)];
-      if (y.dim == 0 || problem.tokens == 0) continue;
+      if (!problem.out[product] || y.dim == 0 || problem.tokens == 0) continue;
       for (int row = 0; row < x.dim; row += kPanelRows) {
         const int col = gram_symmetric(product) ? row : 0;
         const int rows = x.dim - row < kPanelRows ? x.dim - row : kPanelRows;

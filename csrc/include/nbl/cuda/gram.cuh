@@ -69,7 +69,7 @@ struct GramProblem {  // the tokens of one layer
   GramOperand inputs[kMaxInputs];
   int num_inputs;
   int64_t tokens;
-  double* out[kMaxProducts];  // (rows, cols), contiguous
+  double* out[kMaxProducts];  // (rows, cols), contiguous; null: left out
   const double* sums;         // of the joint columns, over all tokens of the update
   const float* shifts;        // likewise; null: no shift, or put right by another launch
   double count;
@@ -108,7 +108,8 @@ NBL_HOST_DEVICE inline int gram_tiles(const GramProblem& problem, int product) {
   const bool symmetric = gram_symmetric(product);
   const int rows = column_tiles(problem.inputs[gram_row_input(product)].dim);
   const int cols = column_tiles(problem.inputs[gram_col_input(product)].dim);
-  return problem.tokens == 0 ? 0 : symmetric ? rows * (rows + 1) / 2 : rows * cols;
+  if (problem.tokens == 0 || !problem.out[product]) return 0;
+  return symmetric ? rows * (rows + 1) / 2 : rows * cols;
 }
 
 struct GramTile {
