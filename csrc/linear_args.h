@@ -39,8 +39,8 @@ inline LinearArgs norm_swiglu_args(const Tensor& x, const Tensor& norm_weight,
           norm_weight,   norm_eps, true,           weight_scale};
 }
 
-inline WeightFormat weight_format(const LinearArgs& a) {
-  switch (a.weight.scalar_type()) {
+inline WeightFormat weight_format(const Tensor& weight) {
+  switch (weight.scalar_type()) {
     case ScalarType::Char:
       return WeightFormat::kInt8;
     case ScalarType::Float8_e4m3fn:
@@ -52,33 +52,50 @@ inline WeightFormat weight_format(const LinearArgs& a) {
   }
 }
 
-// The weight of `rows` rows for k features, and its scale, in one of the formats.
-inline void validate_weight(const LinearArgs& a, const char* name, int64_t rows, int64_t k) {
-  const WeightFormat format = weight_format(a);
+inline WeightFormat weight_format(const LinearArgs& a) { return weight_format(a.weight); }
+
+// A weight (2 dimensions) and its scale by the names that messages give them.
+struct NamedWeight {
+  const char* name;
+  const Tensor& weight;
+  const char* scale_name;
+  const std::optional<Tensor>& scale;
+};
+
+// In one of the formats, for k features, the shape of `source` says; activations are those of x.
+inline void check_weight(const char* op, const NamedWeight& w, int64_t k, const char* source_name,
+                         const Tensor& source, const Tensor& x) {
+  const Tensor& weight = w.weight;
+  const WeightFormat format = weight_format(weight);
   const bool int4 = format == WeightFormat::kInt4;
-  const int64_t groups = (k + kInt4Group - 1) / kInt4Group;
+  const int64_t rows = weight.size(0), groups = (k + kInt4Group - 1) / kInt4Group;
   const int64_t columns = int4 ? groups * static_cast<int64_t>(sizeof(int4_group)) : k;
-  check(a.weight.size(1) == columns, a.op, ": ", name, " must have shape (N, ", columns,
-        int4 ? "), 64 bytes for every 128 features," : ")", " for x of shape ", shape(a.x),
-        ", got ", shape(a.weight));
+  check(weight.size(1) == columns, op, ": ", w.name, " must have shape (N, ", columns,
+        int4 ? "), 64 bytes for every 128 features," : ")", " for ", source_name, " of shape ",
+        shape(source), ", got ", shape(weight));
   if (format == WeightFormat::kPlain) {
-    check_like(a.op, name, a.weight, "x", a.x);
-    check(!a.weight_scale, a.op, ": weight_scale must be None for a ", name, " in the dtype of x");
+    check_like(op, w.name, weight, "x", x);
+    check(!w.scale, op, ": ", w.scale_name, " must be None for a ", w.name, " in the dtype of x");
     return;
   }
-  check(a.weight.device() == a.x.device(), a.op, ": ", name, " must be on the device of x");
-  check(a.weight_scale.has_value(), a.op, ": weight_scale must be given for a ", name, " of dtype ",
-        dtype_name(a.weight.scalar_type()));
-  const Tensor& scale = *a.weight_scale;
+  check(weight.device() == x.device(), op, ": ", w.name, " must be on the device of x");
+  check(w.scale.has_value(), op, ": ", w.scale_name, " must be given for a ", w.name, " of dtype ",
+        dtype_name(weight.scalar_type()));
+  const Tensor& scale = *w.scale;
   if (int4)
-    check_shape(a.op, "weight_scale", scale, {rows, groups});
+    check_shape(op, w.scale_name, scale, {rows, groups});
   else
-    check_shape(a.op, "weight_scale", scale, {rows});
+    check_shape(op, w.scale_name, scale, {rows});
   const ScalarType expected = int4 ? ScalarType::BFloat16 : ScalarType::Float;
-  check(scale.scalar_type() == expected, a.op, ": weight_scale must be ", dtype_name(expected),
-        " for a ", name, " of dtype ", dtype_name(a.weight.scalar_type()), ", got ",
+  check(scale.scalar_type() == expected, op, ": ", w.scale_name, " must be ", dtype_name(expected),
+        " for a ", w.name, " of dtype ", dtype_name(weight.scalar_type()), ", got ",
         dtype_name(scale.scalar_type()));
-  check(scale.device() == a.x.device(), a.op, ": weight_scale must be on the device of x");
+  check(scale.device() == x.device(), op, ": ", w.scale_name, " must be on the device of x");
+}
+
+inline void check_weight(const char* op, const NamedWeight& w, int64_t k, const char* x_name,
+                         const Tensor& x) {
+  check_weight(op, w, k, x_name, x, x);
 }
 
 inline void validate(const LinearArgs& a) {
@@ -88,7 +105,7 @@ inline void validate(const LinearArgs& a) {
   check(a.weight.dim() == 2, a.op, ": ", weight_name, " must have 2 dimensions, got shape ",
         shape(a.weight));
   const int64_t k = a.x.size(-1), rows = a.weight.size(0);
-  validate_weight(a, weight_name, rows, k);
+  check_weight(a.op, {weight_name, a.weight, "weight_scale", a.weight_scale}, k, "x", a.x);
   check(!a.swiglu || rows % 2 == 0, a.op,
         ": gate_up_weight must have an even number of rows (gate, then up), got ", rows);
   if (a.bias) {
@@ -141,5 +158,8 @@ inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
   sizes.push_back(last);
   return torch::stable::new_empty(x, sizes);
 }
+
+// Checks and runs: in cpu/skinny_linear.cpp and cuda/skinny_linear.cu, each module its own.
+Tensor run_linear(LinearArgs a);
 
 }  // namespace nbl

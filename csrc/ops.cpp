@@ -37,6 +37,14 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps) -> Tensor");
 
+  // out = residual + U c + b, c of the filters lags and decays over g = V f(x), f as above; state
+  // and history (the states after the last tokens) are those of the filters
+  m.def(
+      "memory_scan(Tensor x, Tensor weight_v, Tensor? weight_u, Tensor? bias, "
+      "Tensor? residual, Tensor? norm_weight, float norm_eps, Tensor(a!) state, "
+      "Tensor(b!)? history, int[] lags, float[] decays, Tensor? mask, Tensor? starts, "
+      "Tensor? weight_v_scale=None, Tensor? weight_u_scale=None) -> Tensor");
+
   // count += tokens; sums += Σ [f | t | b]; gram_xy += Σ x yᵀ (upper triangle where x is y); a gram
   // without elements, such as (0, 0), is left out: not computed
   m.def(
@@ -62,7 +70,7 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "residual_linear_plain(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
       "Tensor? norm_weight, float norm_eps, Tensor? weight_scale=None) -> Tensor");
   m.def(
-      "norm_linear_plain(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, "
+      "norm_linear_plain(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, "
       "float norm_eps, Tensor? weight_scale=None) -> Tensor");
   m.def(
       "norm_swiglu_plain(Tensor x, Tensor norm_weight, Tensor gate_up_weight, float norm_eps, "
@@ -71,6 +79,11 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "rope_append_plain(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, "
       "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps) -> Tensor");
+  m.def(
+      "memory_scan_plain(Tensor x, Tensor weight_v, Tensor? weight_u, Tensor? bias, "
+      "Tensor? residual, Tensor? norm_weight, float norm_eps, Tensor(a!) state, "
+      "Tensor(b!)? history, int[] lags, float[] decays, Tensor? mask, Tensor? starts, "
+      "Tensor? weight_v_scale=None, Tensor? weight_u_scale=None) -> Tensor");
   m.def(
       "covariance_update_plain(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "

@@ -1,4 +1,4 @@
-"""Kernels for linearizing attention: fused skinny linears, RoPE, covariances, LMMSE solves.
+"""Kernels for linearizing attention: skinny linears, with a memory too, RoPE, covariances, solves.
 
 Needs torch only. Every function here is also an operator, ``torch.ops.nbl.*``, with a plain PyTorch
 specification, ``*_ref``. The kernels are in ``csrc/include/nbl``.
@@ -10,6 +10,7 @@ from nbl_kernels._version import __version__
 from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
 from nbl_kernels.lmmse import Lmmse, canonical_correlations, cca_bound, lmmse_solve
+from nbl_kernels.memory import memory_linear, memory_scan
 from nbl_kernels.memory_covariance import MemoryAccumulator, memory_features
 from nbl_kernels.pages import use_huge_pages
 from nbl_kernels.quantization import dequantize, quantize
@@ -18,6 +19,8 @@ from nbl_kernels.reference import (
     cca_bound_ref,
     covariance_update_ref,
     lmmse_solve_ref,
+    memory_linear_ref,
+    memory_scan_ref,
     norm_linear_ref,
     norm_swiglu_ref,
     residual_linear_ref,
@@ -43,6 +46,10 @@ __all__ = [
     "lmmse_solve",
     "lmmse_solve_ref",
     "memory_features",
+    "memory_linear",
+    "memory_linear_ref",
+    "memory_scan",
+    "memory_scan_ref",
     "norm_linear",
     "norm_linear_ref",
     "norm_swiglu",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nbl_kernels import reference
+from nbl_kernels.memory import check_scan, plain_scan
 from nbl_kernels.quantization import check_scale, dequantize
 
 try:
@@ -86,6 +87,11 @@ def _(qkv, cos, sin, positions, slots, key_cache, value_cache, q_norm, k_norm, n
     return q.transpose(1, 2)
 
 
+@torch.library.register_fake("nbl::memory_scan")
+def _(x, *arguments):
+    return x.new_empty((*x.shape[:2], check_scan(x, *arguments)))
+
+
 @torch.library.register_fake("nbl::covariance_update")
 def _(features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb):
     return None
@@ -134,7 +140,8 @@ def _residual_linear(x, weight, bias, residual, norm_weight, norm_eps, weight_sc
 @_as_kernel
 def _norm_linear(x, norm_weight, weight, bias, norm_eps, weight_scale=None):
     weight = _in_dtype_of(x, weight, weight_scale)
-    return F.linear(_rms_norm(x, norm_weight, norm_eps), weight, bias)
+    features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
+    return F.linear(features, weight, bias)
 
 
 @_as_kernel
@@ -181,6 +188,12 @@ def _append(k, v, slots, key_cache, value_cache):
         cache[rows, :, slots] = torch.where(nothing, cache[rows, :, slots], new[rows, tokens])
 
 
+@_as_kernel
+def _memory_scan(x, *arguments):
+    check_scan(x, *arguments)
+    return plain_scan(x, *arguments)
+
+
 def _covariance_update(
     features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb
 ):
@@ -211,6 +224,7 @@ for _composite, _names in {
     _norm_linear: ("norm_linear", "norm_linear_inference", "norm_linear_plain"),
     _norm_swiglu: ("norm_swiglu", "norm_swiglu_inference", "norm_swiglu_plain"),
     _rope_append: ("rope_append", "rope_append_plain"),
+    _memory_scan: ("memory_scan", "memory_scan_plain"),
     _covariance_update: ("covariance_update", "covariance_update_plain"),
     _on_cpu(torch.ops.nbl.lmmse_solve): ("lmmse_solve", "lmmse_solve_plain"),
     _on_cpu(torch.ops.nbl.cca_matrix): ("cca_matrix", "cca_matrix_plain"),

@@ -8,6 +8,14 @@ for every branch of φ, and what is remembered of a sequence are vectors of r nu
 
 The state of a sequence, (S, r) float32, S = Σ lags + the number of decays: for every lag l the last
 l of its g, the newest first, then for every decay its average.
+
+V and U are the skinny linears of ``linear.py``. The filter between them on the CPU:
+``csrc/include/nbl/cpu/memory.h``, launched by ``csrc/cpu/memory.cpp``.
+
+On CUDA: ``csrc/include/nbl/cuda/memory.cuh``, launched by ``csrc/cuda/memory.cu`` where
+``cuda_paths()`` says so. Otherwise CUDA tensors take plain PyTorch operations.
+
+NumPy and CuPy arrays are as good as tensors here: see ``nbl_kernels/arrays.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +25,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from nbl_kernels.arrays import borrowed
+from nbl_kernels.linear import _needs_gradient
+from nbl_kernels.quantization import check_scale, dequantize
 
 _CHUNK = 64  # tokens that plain PyTorch averages by one matrix product
 
@@ -146,6 +159,123 @@ def _averages(g: Tensor, decay: float, carry: Tensor, part: Tensor | None) -> Te
     return torch.cat(done, dim=1)
 
 
+def check_scan(
+    x: Tensor,
+    weight_v: Tensor,
+    weight_u: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    state: Tensor,
+    history: Tensor | None,
+    lags: Sequence[int],
+    decays: Sequence[float],
+    mask: Tensor | None,
+    starts: Tensor | None,
+    weight_v_scale: Tensor | None = None,
+    weight_u_scale: Tensor | None = None,
+) -> int:
+    """N, the width of the result. RuntimeError, as the operator's, where shapes or dtypes do not
+    fit."""
+
+    def fits(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if t is not None and (t.shape != shape or t.dtype != dtype):
+            raise RuntimeError(
+                f"memory_scan: {name} must have shape {shape} and be {dtype}, got "
+                f"{tuple(t.shape)} and {t.dtype}"
+            )
+
+    def weight_fits(name: str, weight: Tensor, scale: Tensor | None, features: int) -> None:
+        if scale is None:
+            fits(name, weight, (weight.shape[0], features), x.dtype)
+        else:
+            check_scale(f"memory_scan: {name}: ", weight, scale, features)
+
+    if x.dim() != 3:
+        raise RuntimeError(
+            f"memory_scan: x must have shape (batch, tokens, K), got {tuple(x.shape)}"
+        )
+    filters = Filters(tuple(lags), tuple(decays))
+    batch, length, in_features = x.shape
+    if weight_v.dim() != 2 or weight_v.shape[0] % filters.branches:
+        raise RuntimeError(
+            f"memory_scan: weight_v must have shape ({filters.branches} · r, K), got "
+            f"{tuple(weight_v.shape)}"
+        )
+    weight_fits("weight_v", weight_v, weight_v_scale, in_features)
+    channels = out_features = weight_v.shape[0] // filters.branches
+    if weight_u is not None:
+        weight_fits("weight_u", weight_u, weight_u_scale, channels)
+        out_features = weight_u.shape[0]
+    if residual is None and out_features != in_features:
+        raise RuntimeError(
+            "memory_scan: residual must be given (it defaults to x) when N != K, got "
+            f"N = {out_features} and x of shape {tuple(x.shape)}"
+        )
+    fits("bias", bias, (out_features,), x.dtype)
+    fits("residual", residual, (batch, length, out_features), x.dtype)
+    fits("norm_weight", norm_weight, (in_features,), x.dtype)
+    fits("state", state, (batch, filters.slots, channels), torch.float32)
+    if history is not None:
+        kept = history.shape[1] if history.dim() == 4 else 0
+        if kept > length:
+            raise RuntimeError(
+                f"memory_scan: history must hold the states after at most {length} tokens, got "
+                f"{kept}"
+            )
+        fits("history", history, (batch, kept, filters.slots, channels), torch.float32)
+    fits("mask", mask, (batch, length), torch.bool)
+    fits("starts", starts, (batch, length), torch.bool)
+    return out_features
+
+
+def plain_scan(
+    x: Tensor,
+    weight_v: Tensor,
+    weight_u: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    state: Tensor,
+    history: Tensor | None,
+    lags: Sequence[int],
+    decays: Sequence[float],
+    mask: Tensor | None,
+    starts: Tensor | None,
+    weight_v_scale: Tensor | None = None,
+    weight_u_scale: Tensor | None = None,
+) -> Tensor:
+    """The operator in plain PyTorch; differentiable. The arguments fit."""
+
+    def linear(features: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
+        if scale is not None:
+            weight = dequantize(weight, scale, features.shape[-1], features.dtype)
+        return F.linear(features, weight, bias)
+
+    filters = Filters(tuple(lags), tuple(decays))
+    features = x
+    if norm_weight is not None:
+        features = F.rms_norm(x, (x.shape[-1],), norm_weight, norm_eps)
+    g = linear(features, weight_v, weight_v_scale, None)
+    g = g.unflatten(-1, (filters.branches, weight_v.shape[0] // filters.branches))
+    branches, states = filter_features(
+        g, filters, own=True, state=state.clone(), mask=mask, starts=starts
+    )
+    c = branches.sum(dim=2)
+    with torch.no_grad():
+        if states.shape[1] > 0:
+            state.copy_(states[:, -1])
+        if history is not None:
+            history.copy_(states[:, states.shape[1] - history.shape[1] :])
+    residual = x if residual is None else residual
+    if weight_u is not None:
+        return residual + linear(c.to(x.dtype), weight_u, weight_u_scale, bias)
+    total = residual.to(c.dtype) + (c if bias is None else c + bias)
+    return total.to(x.dtype)
+
+
 def memory_scan(
     x: Tensor,
     weight_v: Tensor,
@@ -202,7 +332,49 @@ def memory_scan(
 
     Source: the causal Wiener filter of reduced rank; derived in docs/memory.md.
     """
-    raise NotImplementedError
+    if not (isinstance(x, Tensor) and isinstance(weight_v, Tensor) and isinstance(state, Tensor)):
+        required = {"x": x, "weight_v": weight_v, "state": state}
+        optional = {
+            "weight_u": weight_u,
+            "bias": bias,
+            "residual": residual,
+            "mask": mask,
+            "starts": starts,
+            "history": history,
+            "norm_weight": norm_weight,
+            "weight_v_scale": weight_v_scale,
+            "weight_u_scale": weight_u_scale,
+        }
+        mutated = ("state",) if history is None else ("state", "history")
+        with borrowed("memory_scan: ", required, optional, mutated) as (tensors, give_back):
+            return give_back(memory_scan(**tensors, lags=lags, decays=decays, norm_eps=norm_eps))
+    Filters(lags, decays)  # checks them
+    arguments = (
+        x,
+        weight_v,
+        weight_u,
+        bias,
+        residual,
+        norm_weight,
+        norm_eps,
+        state,
+        history,
+        lags,
+        decays,
+        mask,
+        starts,
+        weight_v_scale,
+        weight_u_scale,
+    )
+    if not _needs_gradient(*arguments):
+        return torch.ops.nbl.memory_scan(*arguments)
+    for name, t in (("state", state), ("history", history)):
+        if t is not None and t.requires_grad:
+            raise RuntimeError(
+                f"memory_scan: {name} requires a gradient, which there is none of: detach it"
+            )
+    check_scan(*arguments)
+    return plain_scan(*arguments)
 
 
 def memory_linear(
@@ -226,4 +398,41 @@ def memory_linear(
     x (B, K), residual (B, N), reset (B,) bool, True: the sequence begins with this token; the other
     arguments are those of :func:`memory_scan`. Returns (B, N); ``state`` (B, S, r) is mutated.
     """
-    raise NotImplementedError
+    if not (isinstance(x, Tensor) and isinstance(weight_v, Tensor) and isinstance(state, Tensor)):
+        required = {"x": x, "weight_v": weight_v, "state": state}
+        optional = {
+            "weight_u": weight_u,
+            "bias": bias,
+            "residual": residual,
+            "reset": reset,
+            "norm_weight": norm_weight,
+            "weight_v_scale": weight_v_scale,
+            "weight_u_scale": weight_u_scale,
+        }
+        with borrowed("memory_linear: ", required, optional, ("state",)) as (tensors, give_back):
+            return give_back(memory_linear(**tensors, lags=lags, decays=decays, norm_eps=norm_eps))
+    for name, t, shape in (
+        ("x", x, ("B", "K")),
+        ("residual", residual, ("B", "N")),
+        ("reset", reset, ("B",)),
+    ):
+        if t is not None and t.dim() != len(shape):
+            raise RuntimeError(
+                f"memory_linear: {name} must have shape ({', '.join(shape)}), got {tuple(t.shape)}"
+            )
+    out = memory_scan(
+        x[:, None],
+        weight_v,
+        weight_u,
+        bias,
+        None if residual is None else residual[:, None],
+        state=state,
+        lags=lags,
+        decays=decays,
+        starts=None if reset is None else reset[:, None],
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        weight_v_scale=weight_v_scale,
+        weight_u_scale=weight_u_scale,
+    )
+    return out[:, 0]

@@ -19,6 +19,8 @@ __all__ = [
     "cca_bound_ref",
     "covariance_update_ref",
     "lmmse_solve_ref",
+    "memory_linear_ref",
+    "memory_scan_ref",
     "norm_linear_ref",
     "norm_swiglu_ref",
     "residual_linear_ref",
@@ -130,6 +132,89 @@ def _rotated(
     half = cos.shape[-1]
     a, b, rest = xf.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+
+
+def memory_scan_ref(
+    x: Tensor,
+    weight_v: Tensor,
+    weight_u: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    state: Tensor,
+    lags: Sequence[int] = (1,),
+    decays: Sequence[float] = (0.6, 0.95),
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+    history: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    weight_v_scale: Tensor | None = None,
+    weight_u_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + U c_t + b``, token after token; state (float64 is as good) and history are
+    mutated; see :func:`nbl_kernels.memory_scan`."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    batch, length = x.shape[:2]
+    features = x if norm_weight is None else _rms_norm(x, norm_weight, norm_eps)
+    branches = 1 + len(lags) + len(decays)
+    g = _linear(features, weight_v, None, weight_v_scale).to(x.dtype).to(acc)
+    g = g.view(batch, length, branches, weight_v.shape[0] // branches)
+    kept = 0 if history is None else history.shape[1]
+    filtered = []
+    for b in range(batch):
+        now = state[b].detach().to(acc, copy=True)
+        for t in range(length):
+            c = torch.zeros_like(g[b, t, 0])
+            if mask is None or mask[b, t]:
+                if starts is not None and starts[b, t]:
+                    now = torch.zeros_like(now)
+                c, now = _remember(g[b, t], now, lags, decays)
+            filtered.append(c)
+            if t >= length - kept:
+                history[b, t - (length - kept)] = now.detach()
+        state[b] = now.detach()
+    c = torch.stack(filtered).view_as(g[:, :, 0]) if filtered else g[:, :, 0]
+    if weight_u is not None:
+        total = _linear(c.to(x.dtype), weight_u, bias, weight_u_scale)
+    else:
+        total = c if bias is None else c + bias.to(acc)
+    return ((x if residual is None else residual).to(acc) + total).to(x.dtype)
+
+
+def _remember(
+    g: Tensor, before: Tensor, lags: Sequence[int], decays: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """c and the state (S, r) after a token of numbers g (1 + len(lags) + len(decays), r)."""
+    own, *branches = g.unbind(0)
+    memories = list(before.split([*lags, *(1 for _ in decays)]))
+    for i, lag in enumerate(lags):
+        own = own + memories[i][-1]
+        memories[i] = torch.cat([branches[i][None], memories[i][: lag - 1]])
+    for i, decay in enumerate(decays, start=len(lags)):
+        memories[i] = decay * memories[i] + (1 - decay) * branches[i]
+        own = own + memories[i][0]
+    return own, torch.cat(memories) if memories else before
+
+
+def memory_linear_ref(
+    x: Tensor,
+    weight_v: Tensor,
+    weight_u: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    state: Tensor,
+    reset: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """:func:`memory_scan_ref` of one token of each sequence; see
+    :func:`nbl_kernels.memory_linear`."""
+    residual = residual if residual is None else residual[:, None]
+    options["starts"] = reset if reset is None else reset[:, None]
+    return memory_scan_ref(x[:, None], weight_v, weight_u, bias, residual, state=state, **options)[
+        :, 0
+    ]
 
 
 def covariance_update_ref(

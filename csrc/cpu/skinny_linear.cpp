@@ -162,7 +162,9 @@ Tensor run_aten(const LinearArgs& a, int64_t m) {
   return out;
 }
 
-Tensor run(LinearArgs a) {
+}  // namespace
+
+Tensor run_linear(LinearArgs a) {
   validate(a);
   make_rows_contiguous(a);
   const int64_t m = product_of_leading(a.x);
@@ -180,22 +182,25 @@ Tensor run(LinearArgs a) {
   return out;
 }
 
+namespace {
+
 Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual,
                        const std::optional<Tensor>& norm_weight, double norm_eps,
                        const std::optional<Tensor>& weight_scale) {
-  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
+  return run_linear(
+      residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
 }
 
 Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
                    const std::optional<Tensor>& bias, double norm_eps,
                    const std::optional<Tensor>& weight_scale) {
-  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
+  return run_linear(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
 }
 
 Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
                    double norm_eps, const std::optional<Tensor>& weight_scale) {
-  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
+  return run_linear(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
 }
 
 }  // namespace

@@ -9,12 +9,19 @@
 #include <vector>
 
 #include "../dtypes.h"
+#include "../memory.h"
 #include "../rope.h"
 
 namespace nbl {
 
 constexpr int64_t kSkinnyRows = 16;  // rows of x that the skinny kernels take
 constexpr int64_t kWideRows = 512;   // and the wide ones, at a time
+
+// Channels that memory_filter takes through the tokens together.
+constexpr int64_t kMemoryGroup = 64;
+inline int64_t memory_groups(int64_t channels) {
+  return (channels + kMemoryGroup - 1) / kMemoryGroup;
+}
 
 struct SkinnyLinear {
   const void* x;  // (m, k), m <= kSkinnyRows, or kWideRows
@@ -113,7 +120,8 @@ struct TypedKernels {
   void (*rms_norm_rows)(const RowNorm&, int64_t begin, int64_t end);
   void (*silu_mul_rows)(const SiluMul&, int64_t begin, int64_t end);
   void (*residual_rows)(const ResidualRows&, int64_t begin, int64_t end);
-  void (*rope_append)(const RopeParams&, int64_t begin, int64_t end);  // tokens
+  void (*rope_append)(const RopeParams&, int64_t begin, int64_t end);      // tokens
+  void (*memory_filter)(const MemoryParams&, int64_t begin, int64_t end);  // groups of channels
   void (*column_stats)(const GramInput&, const int64_t* tokens, int64_t count, float* sums,
                        float* squares);  // += Σ x, Σ x² per column
   void (*pack)(const GramChunk&, int64_t block);

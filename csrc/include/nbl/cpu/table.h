@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gram.h"
+#include "memory.h"
 #include "rope.h"
 #include "skinny_linear.h"
 #include "wide_linear.h"
@@ -23,6 +24,7 @@ constexpr TypedKernels typed_kernels() {
           silu_mul_rows<T>,
           residual_rows<T>,
           rope_append<T>,
+          memory_filter<T>,
           column_stats<T>,
           pack<T>};
 }
