@@ -25,12 +25,19 @@ def layers(request):
     return request.param
 
 
-@pytest.fixture
-def linearized(tiny_model, token_batches):
+# how the linearized layers are made: without and with a memory
+KINDS = {"": {}, "memory": {"memory": nbl.Memory(lags=(1, 2), decays=(0.8,)), "rank": 6}}
+
+
+@pytest.fixture(params=KINDS)
+def linearized(request, tiny_model, token_batches):
+    options = dict(KINDS[request.param])
+    memory = options.pop("memory", None)
+
     def make(layers, family="llama", **config):
         model = tiny_model(family, **config)
-        cal = nbl.calibrate(model, token_batches(4), progress=False)
-        return nbl.linearize(model, cal, layers)
+        cal = nbl.calibrate(model, token_batches(4), progress=False, memory=memory)
+        return nbl.linearize(model, cal, layers, **options)
 
     return make
 

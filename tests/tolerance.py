@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import nbl_kernels as nk
 import torch
 from torch import Tensor, nn
 
@@ -42,12 +43,32 @@ def exact_copy(model: nn.Module) -> nn.Module:
     for layer in exact.model.layers:
         if getattr(layer, "spec", None) and layer.spec.kind == "linear":
 
-            def attention(x, layer=layer):
+            def attention(x, cache=None, span=None, layer=layer):
+                pre_norm = layer.spec.features == "pre-norm"
+                if layer.spec.has_memory:
+                    return recalled(layer, x if pre_norm else layer.input_layernorm(x), x, span)
                 maps = (
                     [layer.linear] if layer.spec.rank is None else [layer.linear_v, layer.linear_u]
                 )
-                pre_norm = layer.spec.features == "pre-norm"
                 return x + nn.Sequential(*maps)(x if pre_norm else layer.input_layernorm(x))
 
             layer._attention = attention
     return exact
+
+
+def recalled(layer: nn.Module, features: Tensor, x: Tensor, span) -> Tensor:
+    """x + W φ + b of a layer with a memory, token by token from nothing."""
+    u, tokens = getattr(layer, "linear_u", None), {}
+    if span is not None:
+        tokens = {"mask": span.mask, "starts": span.starts}
+    return nk.memory_scan_ref(
+        features,
+        layer.linear_v.weight,
+        None if u is None else u.weight,
+        layer.linear_bias if u is None else u.bias,
+        x,
+        state=layer.new_state(len(x)).double(),
+        lags=layer.spec.lags,
+        decays=layer.spec.decays,
+        **tokens,
+    )

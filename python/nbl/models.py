@@ -27,6 +27,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -504,6 +505,7 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         become_nbl(self)
         self.model.replace_layers()
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is looked at
     def prepare_inputs_for_generation(
         self, *args: Any, attention_mask: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -512,11 +514,14 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         inputs = super().prepare_inputs_for_generation(
             *args, attention_mask=attention_mask, **kwargs
         )
-        two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        if two_dimensional and any(spec.has_memory for spec in layer_specs(self.config).values()):
-            ids = inputs.get("input_ids")
-            new = inputs["inputs_embeds"] if ids is None else ids
-            inputs["memory_mask"] = attention_mask[:, -new.shape[1] :]
+        if not any(spec.has_memory for spec in layer_specs(self.config).values()):
+            return inputs
+        ids = inputs.get("input_ids")
+        new = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+        if attention_mask is None:
+            inputs["memory_mask"] = torch.ones(new, dtype=torch.bool, device=self.device)
+        elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            inputs["memory_mask"] = attention_mask[:, -new[1] :]
         return inputs
 
 
