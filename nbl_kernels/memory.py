@@ -294,8 +294,8 @@ def memory_scan(
     weight_v_scale: Tensor | None = None,
     weight_u_scale: Tensor | None = None,
 ) -> Tensor:
-    """``residual + U c_t + b``, ``c = V₀ f + Σ_l V_l f_{t-l} + Σ_a ema_a(V_a f)``: a linear map with
-    a memory, over T tokens of B sequences.
+    """``residual + U c_t + b``, ``c = V₀ f + Σ_l V_l f_{t-l} + Σ_a ema_a(V_a f)``: a linear map
+    with a memory, over T tokens of B sequences.
 
     f is the identity or, when ``norm_weight`` is given, RMSNorm as in :func:`residual_linear`.
     ``e_t = a e_{t-1} + (1 - a) V_a f_t``; before the first token of a sequence f and e are zero.
