@@ -238,14 +238,14 @@ MUTATIONS = {
         "launch.depth[i] < count)) {",
         "launch.depth[i] < count - MUTANT)) {",
     ),
-    "a lag joined one token long": ("if (j == i - count)", "if (j == i - count - MUTANT)"),
+    "a lag joined one token long": ("moved < count &&", "moved < count + MUTANT &&"),
     "an average joined without what was before": (
-        "static_cast<float>(count)), slots[i], entry[i])",
-        "static_cast<float>(count)), MUTANT ? 0.0f : slots[i], entry[i])",
+        "fmaf(fading, slots[i], entry[i])",
+        "fmaf(fading, MUTANT ? 0.0f : slots[i], entry[i])",
     ),
     "an average that does not fade": (
-        "powf(launch.decay[i], static_cast<float>(count))",
-        "powf(launch.decay[i], static_cast<float>(MUTANT ? 0 : count))",
+        "* static_cast<float>(count));",
+        "* static_cast<float>(MUTANT ? 0 : count));",
     ),
     "a count of all tokens": (
         "if (there) {\n",

@@ -16,6 +16,10 @@
 // and wait in shared memory, each thread's own part, so that nobody has to be waited for.
 #pragma once
 
+#if !defined(__CUDACC_RTC__)
+#include <cmath>
+#endif
+
 #include "nbl/cuda/ptx.cuh"
 #include "nbl/memory.h"
 
@@ -33,13 +37,29 @@ struct MemoryLaunch {
   int branch[kMostSlots];   // whose numbers go to a slot
   int depth[kMostSlots];    // of the slot in its lag: 0 is the newest
   bool oldest[kMostSlots];  // of its lag
-  float decay[kMostSlots], news[kMostSlots];
+  float decay[kMostSlots], log2_decay[kMostSlots], news[kMostSlots];
   uint32_t tiles, chunks;
   float* entries;   // (batch, chunks, num_slots, channels), or null: there are none
   int32_t* counts;  // (batch, chunks)
 };
 
 using MemorySlots = float[kMostSlots];
+
+template <class T>
+NBL_DEVICE float widened(T value) {
+  if constexpr (sizeof(T) == 4)
+    return value;
+  else
+    return unpack2<T>(value.bits).lo;
+}
+
+template <class T>
+NBL_DEVICE T narrowed(float value) {
+  if constexpr (sizeof(T) == 4)
+    return value;
+  else
+    return {static_cast<uint16_t>(pack2<T>(value, 0.0f))};
+}
 
 // c after one token of numbers g, kMemoryThreads apart.
 NBL_DEVICE float remember(const MemoryLaunch& launch, const float* g, MemorySlots& slots) {
@@ -65,21 +85,24 @@ NBL_DEVICE float remember(const MemoryLaunch& launch, const float* g, MemorySlot
   return c;
 }
 
-// slots = what they are after `count` more tokens, which alone would leave `entry`.
+// slots = what they are after `count` more tokens, which alone would leave `entry`. (All indices
+// are constants: an array that is indexed by a variable would live in memory.)
 NBL_DEVICE void join(const MemoryLaunch& launch, const MemorySlots& entry, int count,
                      MemorySlots& slots) {
+  const bool forgets = count == kNothingBefore;
+#pragma unroll 1
+  for (int moved = 0; moved < count && moved < kMostSlots; ++moved) {
 #pragma unroll
-  for (int i = kMostSlots - 1; i >= 0; --i) {
-    if (count == kNothingBefore || (i < launch.lag_slots && launch.depth[i] < count)) {
+    for (int i = kMostSlots - 1; i > 0; --i)
+      if (i < launch.lag_slots && launch.depth[i] > 0) slots[i] = slots[i - 1];
+  }
+#pragma unroll
+  for (int i = 0; i < kMostSlots; ++i) {
+    if (forgets || (i < launch.lag_slots && launch.depth[i] < count)) {
       slots[i] = entry[i];
-    } else if (i < launch.lag_slots) {
-      float before = slots[i];
-#pragma unroll
-      for (int j = 0; j < i; ++j)
-        if (j == i - count) before = slots[j];
-      slots[i] = before;
-    } else if (i < launch.memory.num_slots) {
-      slots[i] = fmaf(powf(launch.decay[i], static_cast<float>(count)), slots[i], entry[i]);
+    } else if (i >= launch.lag_slots && i < launch.memory.num_slots) {
+      const float fading = exp2f(launch.log2_decay[i] * static_cast<float>(count));
+      slots[i] = fmaf(fading, slots[i], entry[i]);
     }
   }
 }
@@ -138,7 +161,7 @@ NBL_DEVICE int scan_chunk(const MemoryLaunch& launch, const MemoryPlace& at, uin
                  (at.b * p.tokens + first) * launch.branches * p.channels + at.channel;
 #pragma unroll 8
     for (int i = 0; i < ahead * launch.branches; ++i)
-      mine[i * kMemoryThreads] = to_float(g[i * p.channels]);
+      mine[i * kMemoryThreads] = widened(g[i * p.channels]);
 
     for (int i = 0; i < ahead; ++i) {
       const int64_t t = first + i, token = at.b * p.tokens + t;
@@ -154,9 +177,9 @@ NBL_DEVICE int scan_chunk(const MemoryLaunch& launch, const MemoryPlace& at, uin
         c = remember(launch, mine + i * launch.branches * kMemoryThreads, slots);
       }
       if constexpr (kOut) {
-        if (bias) c += to_float(bias[at.channel]);
-        if (residual) c = to_float(residual[token * p.residual_stride + at.channel]) + c;
-        static_cast<T*>(p.out)[token * p.channels + at.channel] = from_float<T>(c);
+        if (bias) c += widened(bias[at.channel]);
+        if (residual) c = widened(residual[token * p.residual_stride + at.channel]) + c;
+        static_cast<T*>(p.out)[token * p.channels + at.channel] = narrowed<T>(c);
         const int64_t kept = t - (p.tokens - p.history_tokens);
         if (kept >= 0) {
           float* after =
@@ -258,6 +281,7 @@ inline MemoryLaunch memory_launch(const MemoryParams& p) {
   for (int i = 0; i < p.num_decays; ++i, ++slot) {
     launch.branch[slot] = 1 + p.num_lags + i;
     launch.decay[slot] = p.decays[i];
+    launch.log2_decay[slot] = static_cast<float>(std::log2(static_cast<double>(p.decays[i])));
     launch.news[slot] = p.news[i];
   }
   launch.tiles = static_cast<uint32_t>(memory_tiles(p.channels));
