@@ -150,10 +150,10 @@ def run_memories(device: str, name: str) -> None:
                 "starts": torch.rand(2, tokens) < 0.1,
             }
             filters = {"lags": (1, 3), "decays": (0.6, 0.95)}
-            moved = {k: t.to(device) for k, t in inputs.items()}
-            out = nk.memory_scan(**moved, **filters)
             exact = {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
             exact_out = nk.memory_scan_ref(**exact, **filters)
+            moved = {k: t.to(device) for k, t in inputs.items()}
+            out = nk.memory_scan(**moved, **filters)
             about, tolerance = f"{name}, {dtype}, {(tokens, k, r)}", 8 * torch.finfo(dtype).eps
             check(f"memory_scan, {about}", out, exact_out, tolerance + 1e-5)
             for written in ("state", "history"):
