@@ -255,9 +255,10 @@ def plain_scan(
         return F.linear(features, weight, bias)
 
     filters = Filters(tuple(lags), tuple(decays))
-    features = x
+    # What is not there may be NaN, and would be in the gradients of the weights: 0 · NaN.
+    features = x if mask is None else torch.where(mask[..., None], x, 0)
     if norm_weight is not None:
-        features = F.rms_norm(x, (x.shape[-1],), norm_weight, norm_eps)
+        features = F.rms_norm(features, (x.shape[-1],), norm_weight, norm_eps)
     g = linear(features, weight_v, weight_v_scale, None)
     g = g.unflatten(-1, (filters.branches, weight_v.shape[0] // filters.branches))
     branches, states = filter_features(
@@ -327,7 +328,7 @@ def memory_scan(
 
     Raises:
         TypeError: an argument is no tensor or array, or the arrays are not of one kind.
-        ValueError: lags or decays.
+        ValueError: lags or decays; state or history is a read-only array.
         RuntimeError: a shape, dtype or device does not fit; names the argument; nothing is mutated.
 
     Source: the causal Wiener filter of reduced rank; derived in docs/memory.md.
