@@ -95,7 +95,7 @@ class Comparison:
         """Adds a row.
 
         Args:
-            switch: whose paths are compared on a GPU: linear, gram, solve or rope.
+            switch: whose paths are compared on a GPU: linear, gram, solve, rope or memory.
             ours, pytorch, ref: what is compared; every call gets the number of the next copy.
             copies: of the data, together larger than the caches.
             flops, bytes_read: of one call. The limit is whichever takes longer on this machine.

@@ -42,7 +42,7 @@ STAGES = ("build", "tests", "sanitizer", "bench")
 # One process each, and what pytest is told.
 AREAS = {
     area: ["tests/test_cuda.py", "-k", f"test_{area}"]
-    for area in ("linear", "covariance", "solve", "rope", "model")
+    for area in ("linear", "covariance", "solve", "rope", "memory", "model")
 }
 AREAS["interop"] = [f"tests/test_{name}.py" for name in ("cuda", "dlpack", "jit")]
 AREAS["interop"] += ["-k", "test_interop or cupy or test_on_a_gpu"]
@@ -225,7 +225,8 @@ def bench(run: Run, end: float) -> tuple[Stage, list[dict]]:
     if not run.dry_run:
         command.append("--benchmark-compile")
     # The many linears last: what is left out when time runs out are their lesser shapes.
-    command += [f"benchmarks/test_{name}.py" for name in ("covariance", "lmmse", "rope", "linear")]
+    files = ("covariance", "lmmse", "rope", "memory", "linear")
+    command += [f"benchmarks/test_{name}.py" for name in files]
     status, seconds, lines = run.process("bench", command, run.left(end))
     text = rows_file.read_text(encoding="utf-8") if rows_file.exists() else ""
     rows = json_lines(text.splitlines())

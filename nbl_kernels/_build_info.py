@@ -65,8 +65,8 @@ def cuda_reason() -> str:
 
 
 def cuda_paths() -> dict[str, str]:
-    """Which implementation runs on tensors of the current GPU, for "linear", "gram", "solve" and
-    "rope".
+    """Which implementation runs on tensors of the current GPU, for "linear", "gram", "solve",
+    "rope" and "memory".
 
     "plain" is PyTorch operations: the default until a GPU of that kind has shown our kernels to be
     right and faster (the table is in ``csrc/cuda/paths.cpp``). Empty where :func:`cuda_reason`
@@ -79,7 +79,8 @@ def cuda_paths() -> dict[str, str]:
 
 
 def set_cuda_path(op: str, path: str) -> None:
-    """Selects the implementation of "linear", "gram", "solve", "rope" or "all" on CUDA tensors.
+    """Selects the implementation of "linear", "gram", "solve", "rope", "memory" or "all" on CUDA
+    tensors.
 
     ``path``: "auto" (what has been measured to be the best), "plain", "kernel"; for gram also
     "cublas", "portable" (sm_80 and later) and "hopper". The environment variable

@@ -255,9 +255,10 @@ def plain_scan(
         return F.linear(features, weight, bias)
 
     filters = Filters(tuple(lags), tuple(decays))
-    features = x
+    # What is not there may be NaN, and would be in the gradients of the weights: 0 · NaN.
+    features = x if mask is None else torch.where(mask[..., None], x, 0)
     if norm_weight is not None:
-        features = F.rms_norm(x, (x.shape[-1],), norm_weight, norm_eps)
+        features = F.rms_norm(features, (x.shape[-1],), norm_weight, norm_eps)
     g = linear(features, weight_v, weight_v_scale, None)
     g = g.unflatten(-1, (filters.branches, weight_v.shape[0] // filters.branches))
     branches, states = filter_features(
@@ -294,8 +295,8 @@ def memory_scan(
     weight_v_scale: Tensor | None = None,
     weight_u_scale: Tensor | None = None,
 ) -> Tensor:
-    """``residual + U c_t + b``, ``c = V₀ f + Σ_l V_l f_{t-l} + Σ_a ema_a(V_a f)``: a linear map with
-    a memory, over T tokens of B sequences.
+    """``residual + U c_t + b``, ``c = V₀ f + Σ_l V_l f_{t-l} + Σ_a ema_a(V_a f)``: a linear map
+    with a memory, over T tokens of B sequences.
 
     f is the identity or, when ``norm_weight`` is given, RMSNorm as in :func:`residual_linear`.
     ``e_t = a e_{t-1} + (1 - a) V_a f_t``; before the first token of a sequence f and e are zero.
@@ -327,7 +328,7 @@ def memory_scan(
 
     Raises:
         TypeError: an argument is no tensor or array, or the arrays are not of one kind.
-        ValueError: lags or decays.
+        ValueError: lags or decays; state or history is a read-only array.
         RuntimeError: a shape, dtype or device does not fit; names the argument; nothing is mutated.
 
     Source: the causal Wiener filter of reduced rank; derived in docs/memory.md.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 import os
 import warnings
@@ -17,6 +18,14 @@ import torch
 from test_covariance import assert_moments_exact, hard_tokens
 from test_linear import torch_norm_linear, torch_norm_swiglu, torch_residual_linear
 from test_lmmse import exact_moments, tokens
+from test_memory import (
+    FILTERS,
+    assert_scan_right,
+    assert_states_rounding_only,
+    copied,
+    make_scan,
+    positional,
+)
 from test_rope import SHAPES as ROPE_SHAPES
 from test_rope import assert_right, make_inputs
 from tolerance import assert_as_exact_as_torch, assert_rounding_only
@@ -79,6 +88,7 @@ linear_path = paths("linear", "kernel", "plain")
 gram_path = paths("gram", "hopper", "portable", "cublas", "plain")
 solve_path = paths("solve", "kernel", "plain")
 rope_path = paths("rope", "kernel", "plain")
+memory_path = paths("memory", "kernel", "plain")
 
 
 @pytest.fixture(autouse=True)
@@ -1057,6 +1067,170 @@ def test_rope_offsets_beyond_31_bits(rope_path):
     torch.cuda.empty_cache()
 
 
+# ---- Linear maps with a memory -------------------------------------------------------------------
+
+
+def scan_inputs(*shape: int, **options) -> dict[str, object]:
+    a = make_scan(*shape, **options)
+    return {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in a.items()}
+
+
+def same_scan(actual: dict[str, object], expected: dict[str, object]) -> None:
+    """The same bits from both, in the result and in what is remembered."""
+    assert torch.equal(nk.memory_scan(**actual), nk.memory_scan(**expected))
+    for name in ("state", "history"):
+        if isinstance(actual.get(name), Tensor):
+            assert torch.equal(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("masked, started", [(False, False), (True, False), (True, True)])
+def test_memory_against_float64(memory_path, dtype, filters, masked, started):
+    """One token, a chunk, a token more, several; tails of a block's channels."""
+    cases = [(3, 1, 64, 64), (1, 64, 40, 7), (2, 65, 96, 130), (2, 300, 48, 24)]
+    for seed, (batch, length, k, r) in enumerate(cases):
+        options = {"masked": masked, "started": started, "history": 3, "seed": seed}
+        options |= {"map_u": seed % 2 == 0, "norm": seed < 2}
+        a = scan_inputs(batch, length, k, r, k, dtype=dtype, filters=filters, **options)
+        poison(batch, length, r, dtype=dtype)
+        assert_scan_right(a)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_memory_quantized(memory_path, format):
+    for length in (1, 70):
+        a = scan_inputs(2, length, 256, 128, 256, dtype=torch.bfloat16, norm=True)
+        for name in ("weight_v", "weight_u"):
+            weight, scale = nk.quantize(a[name].float(), format)
+            a |= {name: weight, f"{name}_scale": scale}
+        assert_scan_right(a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_strided(memory_path, dtype):
+    """The same bits from views, and nothing written beside the rows."""
+    for length in (1, 70):
+        options = {"masked": True, "started": True, "history": 2, "map_u": False}
+        a = scan_inputs(3, length, 24, 70, 70, dtype=dtype, **options)
+        views, storages = dict(a), {}
+        for name in ("x", "residual", "state", "history", "mask", "starts"):
+            sizes = [*(2 * n for n in a[name].shape[:-1]), a[name].shape[-1] + 3]
+            storages[name] = torch.full(sizes, 1, dtype=a[name].dtype, device=DEVICE)
+            rows = tuple(slice(1, None, 2) for _ in sizes[:-1])
+            views[name] = storages[name][(*rows, slice(2, -1))].copy_(a[name])
+        same_scan(views, copied(a))
+        for name in ("state", "history"):
+            views[name].fill_(1)
+            assert (storages[name] == 1).all()
+
+
+def test_memory_empty(memory_path):
+    for batch, length, r in [(0, 3, 8), (2, 0, 8), (2, 3, 0)]:
+        for map_u in (False, True):
+            a = scan_inputs(batch, length, 16, r, 16, map_u=map_u, history=2)
+            before = a["state"].clone()
+            assert nk.memory_scan(**a).shape == a["residual"].shape
+            assert torch.equal(a["state"], before)
+
+
+def test_memory_errors_name_the_argument(memory_path):
+    a = scan_inputs(2, 3, 16, 8, 16, history=2)
+    cases = {
+        "weight_v must have shape": {"weight_v": a["weight_v"][1:]},
+        "state must be float32": {"state": a["state"].half()},
+        "history must have shape": {"history": torch.ones(2, 4, 3, 8, device=DEVICE)},
+        "mask must be bool": {"mask": torch.ones(2, 3, device=DEVICE)},
+    }
+    if ON_GPU:
+        cases["state must be on the device of x"] = {"state": a["state"].cpu()}
+    for message, changes in cases.items():
+        with pytest.raises(RuntimeError, match=f"memory_scan: {message}"):
+            nk.memory_scan(**(a | changes))
+
+
+def test_memory_however_tokens_are_split(memory_path):
+    """A prompt at once, in parts or token by token: within the rule of one call."""
+    a = scan_inputs(2, 150, 64, 24, 64, dtype=torch.bfloat16)
+    exact = {n: v.double().cpu() if isinstance(v, Tensor) else v for n, v in a.items()}
+    expected = nk.memory_scan_ref(**exact)
+    torchs = copied(a)
+    plain = torch.ops.nbl.memory_scan_plain(*positional(**torchs))
+    for cuts in ([0, 150], [0, 64, 150], [0, 1, 70, 71, 150], [*range(151)]):
+        state, outs = a["state"].clone(), []
+        for begin, end in itertools.pairwise(cuts):
+            part = {name: a[name][:, begin:end] for name in ("x", "residual")}
+            outs.append(nk.memory_scan(**(a | part | {"state": state})))
+        assert_rounding_only(torch.cat(outs, dim=1).cpu(), plain.cpu(), expected)
+        both = state.cpu(), torchs["state"].cpu()
+        assert_states_rounding_only(*both, exact["state"], torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 100])
+def test_memory_in_a_cuda_graph(memory_path, dtype, length):
+    """Replayed with other tokens and resets; the state goes on from replay to replay."""
+    a = scan_inputs(3, length, 128, 64, 128, dtype=dtype, started=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        nk.memory_scan(**a)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = nk.memory_scan(**a)
+    for seed in range(3):
+        new = make_scan(3, length, 128, 64, 128, dtype, started=True, seed=seed)
+        for name in ("x", "residual", "starts"):
+            a[name].copy_(new[name])
+        expected = copied(a)
+        graph.replay()
+        assert torch.equal(out, nk.memory_scan(**expected))
+        assert torch.equal(a["state"], expected["state"])
+
+
+@needs_gpu
+def test_memory_keeps_the_order_of_the_stream():
+    """Decode steps in a row, each of which reads what the one before has written."""
+    for op in ("linear", "memory"):
+        nk.set_cuda_path(op, "kernel")
+    try:
+        a = scan_inputs(4, 1, 256, 32, 256, dtype=torch.bfloat16, norm=True)
+
+        def steps(wait: bool) -> tuple[Tensor, Tensor]:
+            mine = copied(a) | {"residual": None}
+            for _ in range(30):
+                mine["x"] = nk.memory_scan(**mine)
+                if wait:
+                    torch.cuda.synchronize()
+            return mine["x"], mine["state"]
+
+        waited = steps(True)
+        assert waited[0].isfinite().all()
+        for _ in range(5):
+            assert all(map(torch.equal, steps(False), waited))
+    finally:
+        for op in ("linear", "memory"):
+            nk.set_cuda_path(op, "auto")
+
+
+def test_memory_is_deterministic(memory_path):
+    a = scan_inputs(3, 200, 64, 100, 64, dtype=torch.bfloat16, masked=True, started=True, history=9)
+    for _ in range(5):
+        same_scan(copied(a), copied(a))
+
+
+def test_memory_opcheck_and_compile(memory_path):
+    a = scan_inputs(2, 3, 16, 8, 16, norm=True, history=2)
+    torch.library.opcheck(torch.ops.nbl.memory_scan.default, positional(**a))
+    expected = copied(a)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a: nk.memory_scan(**a) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(a), nk.memory_scan(**expected) + 1)
+    torch.testing.assert_close(a["state"], expected["state"])
+
+
 # ---- Models --------------------------------------------------------------------------------------
 
 
@@ -1067,7 +1241,7 @@ def test_model_from_text_to_tokens(path, features, tiny_model, token_batches):
     import nbl
 
     if ON_GPU:
-        for op in ("linear", "gram", "solve", "rope"):
+        for op in ("linear", "gram", "solve", "rope", "memory"):
             nk.set_cuda_path(op, path)
     try:
         with warnings.catch_warnings():
@@ -1094,7 +1268,7 @@ def test_model_from_text_to_tokens(path, features, tiny_model, token_batches):
         torch.testing.assert_close(on_gpu, on_cpu_logits, rtol=1e-3, atol=1e-3)
     finally:
         if ON_GPU:
-            for op in ("linear", "gram", "solve", "rope"):
+            for op in ("linear", "gram", "solve", "rope", "memory"):
                 nk.set_cuda_path(op, "auto")
 
 

@@ -44,6 +44,7 @@ TEMPLATES = {
         "dequantize_rows<nbl::float16, nbl::int4_group>",
     ],
     "nbl/cuda/rope.cuh": ["rope_append<{T}, true>", "rope_append<{T}, false>"],
+    "nbl/cuda/memory.cuh": ["memory_ends<{T}>", "memory_filter<{T}>"],
     "nbl/cuda/column_stats.cuh": ["column_stats<{T}>", "first_bad_token<{T}>"],
     "nbl/cuda/gram.cuh": ["gram_portable<nbl::bfloat16>", "gram_portable<nbl::float16>"],
     "nbl/cuda/gram_sm90.cuh": ["gram_hopper<nbl::bfloat16>", "gram_hopper<nbl::float16>"],

@@ -27,7 +27,7 @@ SECONDS_PER_CANDIDATE = 0.15  # of repetitions
 MAX_ROUNDS = 25
 TOO_LONG_TO_REPEAT = 1.0  # seconds: the first run is the measurement
 
-SHORT = ("linear", "rope")  # ops of microseconds, which are timed in CUDA graphs
+SHORT = ("linear", "rope", "memory")  # ops of microseconds, which are timed in CUDA graphs
 
 Call = Callable[[int], object]  # runs one candidate on the copy of that number
 

@@ -16,6 +16,7 @@ PATHS = {
     "gram": ("plain", "cublas", "portable", "hopper"),
     "solve": ("plain", "kernel"),
     "rope": ("plain", "kernel"),
+    "memory": ("plain", "kernel"),
 }
 NVIDIA_SMI_FIELDS = (
     "driver_version",

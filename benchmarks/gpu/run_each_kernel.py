@@ -21,6 +21,8 @@ LINEAR_SHAPES = [(1, 136, 72), (1, 37, 19), (3, 264, 40), (9, 45, 33), (16, 520,
 GRAM_SHAPES = [(70, 48, 40), (131, 136, 24), (40, 33, 17), (300, 257, 130)]  # (tokens, d_f, d_t)
 # (heads, kv_heads, head_dim, rotated): whole warps and parts of one, with and without 16 bytes.
 ROPE_SHAPES = [(6, 2, 128, 128), (3, 1, 80, 32), (2, 1, 45, 30)]
+# (tokens, K, r): one chunk and several, whole blocks of channels and parts of one
+MEMORY_SHAPES = [(1, 64, 64), (5, 33, 7), (150, 40, 66)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -134,12 +136,42 @@ def run_ropes(device: str, name: str) -> None:
                 check(f"{cache}, {about}", moved[cache], exact[cache], tolerance)
 
 
+def run_memories(device: str, name: str) -> None:
+    for tokens, k, r in MEMORY_SHAPES:
+        for dtype in DTYPES:
+            inputs = {
+                "x": torch.randn(2, tokens, k).to(dtype),
+                "weight_v": (torch.randn(5 * r, k) / k**0.5).to(dtype),
+                "residual": torch.randn(2, tokens, r).to(dtype),
+                "bias": torch.randn(r).to(dtype),
+                "state": torch.randn(2, 6, r),
+                "history": torch.zeros(2, min(tokens, 3), 6, r),
+                "mask": torch.rand(2, tokens) < 0.7,
+                "starts": torch.rand(2, tokens) < 0.1,
+            }
+            filters = {"lags": (1, 3), "decays": (0.6, 0.95)}
+            exact = {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
+            exact_out = nk.memory_scan_ref(**exact, **filters)
+            moved = {k: t.to(device) for k, t in inputs.items()}
+            out = nk.memory_scan(**moved, **filters)
+            about, tolerance = f"{name}, {dtype}, {(tokens, k, r)}", 8 * torch.finfo(dtype).eps
+            check(f"memory_scan, {about}", out, exact_out, tolerance + 1e-5)
+            for written in ("state", "history"):
+                check(f"{written}, {about}", moved[written], exact[written], tolerance + 1e-5)
+
+
 def run_all_linears(device: str, name: str) -> None:
     run_linears(device, name)
     run_quantized_linears(device, name)
 
 
-RUNS = {"linear": run_all_linears, "gram": run_grams, "solve": run_solves, "rope": run_ropes}
+RUNS = {
+    "linear": run_all_linears,
+    "gram": run_grams,
+    "solve": run_solves,
+    "rope": run_ropes,
+    "memory": run_memories,
+}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@
 namespace nbl {
 namespace {
 
-enum Op { kLinear, kGram, kSolve, kRope, kOps };
+enum Op { kLinear, kGram, kSolve, kRope, kMemory, kOps };
 
 // What has been measured: op, compute capability, path, the file in benchmarks/results that says
 // so. No kernel has run on a GPU yet, so nothing stands here and everything is plain.
@@ -23,7 +23,7 @@ struct Measured {
 };
 const std::vector<Measured> kMeasured = {};
 
-constexpr const char* kOpNames[kOps] = {"linear", "gram", "solve", "rope"};
+constexpr const char* kOpNames[kOps] = {"linear", "gram", "solve", "rope", "memory"};
 using Names = std::vector<std::pair<const char*, Path>>;
 const std::array<Names, kOps> kPathNames = {
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
@@ -33,13 +33,14 @@ const std::array<Names, kOps> kPathNames = {
           {"hopper", Path::kHopper},
           {"kernel", Path::kKernel}},
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
+    Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}}};
 constexpr int kAuto = -1;
 
 Op find_op(const std::string& name) {
   for (int op = 0; op < kOps; ++op)
     if (name == kOpNames[op]) return static_cast<Op>(op);
-  throw std::runtime_error("op must be linear, gram, solve or rope, got " + name);
+  throw std::runtime_error("op must be linear, gram, solve, rope or memory, got " + name);
 }
 
 int find_path(Op op, const std::string& name) {
@@ -61,7 +62,7 @@ void set(Settings& settings, const std::string& op, const std::string& path) {
 }
 
 Settings& settings() {
-  static Settings values{kAuto, kAuto, kAuto, kAuto};
+  static Settings values{kAuto, kAuto, kAuto, kAuto, kAuto};
   static const bool from_environment = [] {
     const char* text = std::getenv("NBL_CUDA_PATHS");
     std::istringstream entries(text ? text : "");
@@ -95,6 +96,7 @@ Path linear_path(int compute_capability) { return path_of(kLinear, compute_capab
 Path gram_path(int compute_capability) { return path_of(kGram, compute_capability); }
 Path solve_path(int compute_capability) { return path_of(kSolve, compute_capability); }
 Path rope_path(int compute_capability) { return path_of(kRope, compute_capability); }
+Path memory_path(int compute_capability) { return path_of(kMemory, compute_capability); }
 
 std::map<std::string, std::string> cuda_paths(int compute_capability) {
   std::map<std::string, std::string> names;

@@ -25,10 +25,11 @@ Path linear_path(int compute_capability);
 Path gram_path(int compute_capability);
 Path solve_path(int compute_capability);
 Path rope_path(int compute_capability);
+Path memory_path(int compute_capability);  // of the filter; its linears take linear_path
 
-// For the Python module: op is "linear", "gram", "solve" or "rope", path one of its names or "auto"
-// (the table's choice). NBL_CUDA_PATHS="linear=kernel,gram=hopper" or "all=kernel" sets them at
-// start; for gram, "kernel" is the fastest of ours that the device can run.
+// For the Python module: op is "linear", "gram", "solve", "rope" or "memory", path one of its names
+// or "auto" (the table's choice). NBL_CUDA_PATHS="linear=kernel,gram=hopper" or "all=kernel" sets
+// them at start; for gram, "kernel" is the fastest of ours that the device can run.
 std::map<std::string, std::string> cuda_paths(int compute_capability);
 void set_cuda_path(const std::string& op, const std::string& path);
 

@@ -21,14 +21,13 @@ namespace {
 
 // ---- Plain PyTorch -----------------------------------------------------------------------------
 
-// nbl::<op>_plain: the composite of PyTorch operations (nbl_kernels/_ops.py).
+// The composites of PyTorch operations (nbl_kernels/_ops.py), by what is to be computed.
 Tensor run_plain(const LinearArgs& a) {
-  const std::string name = std::string("nbl::") + a.op + "_plain";
   if (a.swiglu) {
     std::array<StableIValue, 5> stack{to_ivalue(a.x), to_ivalue(*a.norm_weight),
                                       to_ivalue(a.weight), to_ivalue(a.norm_eps),
                                       to_ivalue(a.weight_scale)};
-    call_aten(name.c_str(), "", stack.data());
+    call_aten("nbl::norm_swiglu_plain", "", stack.data());
     return tensor_from(stack[0]);
   }
   if (a.residual) {
@@ -36,13 +35,13 @@ Tensor run_plain(const LinearArgs& a) {
                                       to_ivalue(a.bias),        to_ivalue(a.residual),
                                       to_ivalue(a.norm_weight), to_ivalue(a.norm_eps),
                                       to_ivalue(a.weight_scale)};
-    call_aten(name.c_str(), "", stack.data());
+    call_aten("nbl::residual_linear_plain", "", stack.data());
     return tensor_from(stack[0]);
   }
-  std::array<StableIValue, 6> stack{to_ivalue(a.x),        to_ivalue(*a.norm_weight),
+  std::array<StableIValue, 6> stack{to_ivalue(a.x),        to_ivalue(a.norm_weight),
                                     to_ivalue(a.weight),   to_ivalue(a.bias),
                                     to_ivalue(a.norm_eps), to_ivalue(a.weight_scale)};
-  call_aten(name.c_str(), "", stack.data());
+  call_aten("nbl::norm_linear_plain", "", stack.data());
   return tensor_from(stack[0]);
 }
 
@@ -292,7 +291,9 @@ bool run_wide(const LinearArgs& a, const Tensor& out, int64_t m, int64_t n) {
 
 // ---- Which of them -----------------------------------------------------------------------------
 
-Tensor run(LinearArgs a) {
+}  // namespace
+
+Tensor run_linear(LinearArgs a) {
   validate(a);
   const int device = device_of(a.x);
   constexpr int kOldest = 80;  // bfloat16 and its mma
@@ -319,22 +320,25 @@ Tensor run(LinearArgs a) {
   return run_plain(a);
 }
 
+namespace {
+
 Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual,
                        const std::optional<Tensor>& norm_weight, double norm_eps,
                        const std::optional<Tensor>& weight_scale) {
-  return run(residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
+  return run_linear(
+      residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
 }
 
 Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
                    const std::optional<Tensor>& bias, double norm_eps,
                    const std::optional<Tensor>& weight_scale) {
-  return run(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
+  return run_linear(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
 }
 
 Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
                    double norm_eps, const std::optional<Tensor>& weight_scale) {
-  return run(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
+  return run_linear(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
 }
 
 }  // namespace
