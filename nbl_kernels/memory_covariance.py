@@ -21,11 +21,11 @@ With ``f_{t-k}`` and ``f_{t-l}`` for x and y, k ≤ l, the shift k times over::
 So besides the products only the last states of the sequences are kept, [f'_0 … f'_{-(L-1)} | e'],
 L the longest lag: as rows, until there are more of them than their Gram matrix has.
 
-The averages are rounded to the dtype of the features to be multiplied; around a mean far from zero a
-slow one would then be a constant. So what is filtered, rounded and multiplied is f less its mean c:
-``e_t = ẽ_t + (1 - a^{i+1}) c``, i the place of the token in its sequence. The rest of ``Σ e xᵀ``, of
-rank two, is added in float64, and such that Σ e is what the last identity says: then covariances
-derived from these identities lose nothing to the means.
+The averages are rounded to the dtype of the features to be multiplied; around a mean far from zero
+a slow one would then be a constant. So what is filtered, rounded and multiplied is f less its mean
+c: ``e_t = ẽ_t + (1 - a^{i+1}) c``, i the place of the token in its sequence. The rest of
+``Σ e xᵀ``, of rank two, is added in float64, and such that Σ e is what the last identity says: then
+covariances derived from these identities lose nothing to the means.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class MemoryAccumulator:
         if decays:
             needed = set(range(1, self._reach + 1))
         else:
-            needed = set(lags) | {m - l for m in lags for l in lags if l < m}
+            needed = set(lags) | {m - k for m in lags for k in lags if k < m}
         # φ, and after it the shifts of f that are needed only to derive blocks
         self._extra = tuple(sorted(needed - set(lags)))
 
@@ -497,16 +497,12 @@ class MemoryAccumulator:
             return gram
 
         for i, k in enumerate(lags):
-            for j, l in enumerate(lags[i:], start=i):
-                if k <= l:
-                    gram = shifted[l - k].T.clone()
-                    for back in range(k):
-                        gram -= ends(back, back + l - k)
-                else:
-                    gram = shifted[k - l].clone()
-                    for back in range(l):
-                        gram -= ends(back + k - l, back)
-                yield (i, j), gram
+            for j, m in enumerate(lags[i:], start=i):
+                nearer, apart = min(k, m), abs(m - k)
+                gram = shifted[apart].T.clone()
+                for back in range(nearer):
+                    gram -= ends(back, back + apart)
+                yield (i, j), gram if k <= m else gram.T
         for j, x in enumerate(chosen, start=len(lags)):
             a, end = self.decays[x], self._reach + x
             gram = averages[x].clone()  # Σ e_t f_{t-l}ᵀ, l from 0 on
