@@ -77,7 +77,8 @@ def memory_features(
         )
     for name, value in (("mask", mask), ("starts", starts)):
         check_mask(name, value, features.shape[:-1])
-    stacked, _ = filter_features(features, filters, own=False, mask=mask, starts=starts)
+    with torch.autocast(features.device.type, enabled=False):  # float32, as promised
+        stacked, _ = filter_features(features, filters, own=False, mask=mask, starts=starts)
     return stacked.flatten(2)
 
 
@@ -214,12 +215,13 @@ class MemoryAccumulator:
         inputs = [features, targets] + ([] if block is None else [block])
         for start in range(0, features.shape[0], rows):
             part = slice(start, start + rows)
-            self._add_sequences(
-                [value[part] for value in inputs],
-                None if mask is None else mask[part],
-                None if starts is None else starts[part],
-                pilots.split([value.shape[-1] for value in inputs]),
-            )
+            with torch.autocast(self.device.type, enabled=False):  # the identities need float32
+                self._add_sequences(
+                    [value[part] for value in inputs],
+                    None if mask is None else mask[part],
+                    None if starts is None else starts[part],
+                    pilots.split([value.shape[-1] for value in inputs]),
+                )
         self._count += count
         self._sums += sums
 

@@ -400,6 +400,14 @@ def test_float16_beyond_its_range():
     assert acc.moments().cov_ff.isfinite().all()
 
 
+def test_under_autocast():
+    f, t = texts(3, 100, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        m, phi = accumulate(f, t).moments(), nk.memory_features(f)
+    assert torch.equal(m.cov_ff, accumulate(f, t).moments().cov_ff)
+    assert torch.equal(phi, nk.memory_features(f))
+
+
 def test_errors_name_the_argument():
     f, t = texts(3, 10, 4)
     acc, mask = nk.MemoryAccumulator(4, 4), torch.ones(3, 10, dtype=torch.bool)
