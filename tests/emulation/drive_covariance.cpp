@@ -1,8 +1,8 @@
 // An update of streaming moments, launch by launch, from stdin to stdout: int32 dtype (0 float32,
 // 1 bfloat16, 2 float16), method (0 portable kernel, 1 panels), seed, multiprocessors, layers; per
-// layer int32 inputs, tokens, mask (0/1), left out (bit i: product i), per input dim, stride, offset
-// (elements before the first row), the mask, the inputs' elements, and what count, sums and the
-// Gram matrices not left out hold before. Out: int64 update, input, channel, token of a refused
+// layer int32 inputs, tokens, mask (0/1), left out (bit i: product i), per input dim, stride,
+// offset (elements before the first row), the mask, the inputs' elements, and what count, sums and
+// the Gram matrices not left out hold before. Out: int64 update, input, channel, token of a refused
 // value (update -1: none), then the moments.
 #include <list>
 
