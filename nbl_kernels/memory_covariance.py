@@ -92,7 +92,12 @@ class MemoryAccumulator:
     to the longest (without decays: with all differences of two lags).
 
     Sums are float64, products as in :class:`CovarianceAccumulator`; the averages are computed in
-    float32 and, less their mean, rounded to the dtype of the features before they are multiplied.
+    float32 and, less the mean of f, rounded to the dtype of the features before they are
+    multiplied. Relative to float64 on the same inputs the Gram matrix of φ is right to 1e-6
+    (Frobenius) for float32; of 16-bit inputs the blocks with averages have the errors of their
+    rounding, which average out: after 4096 tokens 5e-4 for bfloat16, 5e-5 for float16, the others
+    are exact to 1e-6.
+
     For every sequence its last state is kept, (max(lags) + len(decays)) · d_f float32, until those
     outnumber the rows of their Gram matrix, which then takes their place.
 
@@ -290,6 +295,8 @@ class MemoryAccumulator:
         self._ends.append(ends.flatten(1))
         self._fold_ends()
 
+        if not decays:
+            return
         # Σ ẽ xᵀ were added for Σ e xᵀ, e = ẽ + (1 - faded) pilot + their mean difference.
         first, pilot = (1 + len(lags)) * d, pilots[0].double()
         missing = sums[:d] - self._fading() * ends[:, self._reach :].sum(0, dtype=torch.float64)
@@ -363,6 +370,8 @@ class MemoryAccumulator:
             distributed.all_reduce(self._gram_ends, group=group)
         # Every process has its own number of rows: padded to the most, and cut again.
         counts = sizes[:, 0].tolist()
+        if max(counts) == 0:
+            return
         padded = rows.new_zeros(max(counts), rows.shape[1])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in counts]
