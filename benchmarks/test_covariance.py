@@ -74,3 +74,41 @@ def test_update(compare, d: int, dtype: str, tokens: int) -> None:
 def full_grams_float64(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     f, y = f.double(), y.double()
     return f.T @ f, y.T @ f, y.T @ y
+
+
+@pytest.mark.sizes(
+    cpu=[{"d": (1024,), "dtype": ("bfloat16",), "tokens": (4096,)}],
+    cuda=[{"d": (4096,), "dtype": ("bfloat16",), "tokens": (8192,)}],
+    dry=[{"d": (48,), "dtype": ("bfloat16",), "tokens": (256,)}],
+)
+def test_memory_update(compare, d: int, dtype: str, tokens: int) -> None:
+    """A lag and two averages: 8 products of (d, d) blocks, beside 12.5 of the stacked features."""
+    shape, device = (4, tokens // 4, d), compare.device
+    f, y = torch.randn(2, *shape, device=device).add(0.5).to(getattr(torch, dtype))
+    copies = math.ceil(compare.block_bytes / (f.nbytes + y.nbytes))
+    features, targets = f.expand(copies, *shape).clone(), y.expand(copies, *shape).clone()
+
+    def stack(values: Tensor) -> Tensor:
+        return nk.memory_features(values).to(values.dtype)
+
+    accumulator = nk.MemoryAccumulator(d, d, device=device)
+    stacked = nk.CovarianceAccumulator(4 * d, d, device=device)
+    exact = torch.cov(nk.memory_features(f.double()).flatten(0, 1).T)
+
+    def error(fresh: nk.MemoryAccumulator | nk.CovarianceAccumulator, values: Tensor) -> float:
+        fresh.update(values, y)
+        return float((fresh.moments().cov_ff - exact).norm() / exact.norm())
+
+    compare(
+        "memory moments",
+        f"{tokens}x{d}",
+        f.dtype,
+        switch="gram",
+        ours=lambda i: accumulator.update(features[i], targets[i]),
+        pytorch={"stacked": lambda i: stacked.update(stack(features[i]), targets[i])},
+        ref=lambda i: nk.covariance_update_ref(nk.memory_features(features[i]), targets[i]),
+        copies=copies,
+        flops=2 * tokens * d * d * 8,
+        error=lambda: error(nk.MemoryAccumulator(d, d, device=device), f),
+        pytorch_error=error(nk.CovarianceAccumulator(4 * d, d, device=device), stack(f)),
+    )

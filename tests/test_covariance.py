@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -248,6 +250,40 @@ def update_arguments(block: bool):
 @pytest.mark.parametrize("block", [False, True])
 def test_opcheck(block):
     torch.library.opcheck(torch.ops.nbl.covariance_update.default, update_arguments(block))
+
+
+GRAMS = ["gram_ff", "gram_tf", "gram_tt", "gram_bf", "gram_bb"]
+
+
+@pytest.mark.parametrize("left_out", [*([name] for name in GRAMS), GRAMS[::2], GRAMS[1::2], GRAMS])
+@pytest.mark.parametrize("plain", [False, True])
+def test_gram_matrices_may_be_left_out(left_out, plain):
+    from nbl_kernels import _ops
+
+    update = _ops._covariance_update if plain else torch.ops.nbl.covariance_update
+    f, t, b = (hard_tokens(300, d, torch.bfloat16, seed=d) for d in (101, 60, 49))
+    mask = torch.rand(300) < 0.7
+    full = nk.CovarianceAccumulator(101, 60, block_dim=49).state_dict()
+    part = {k: torch.zeros(0, 0).double() if k in left_out else v.clone() for k, v in full.items()}
+    update(f, t, b, mask, *full.values())
+    update(f, t, b, mask, *part.values())
+    for name, value in part.items():
+        assert value.numel() == 0 if name in left_out else torch.equal(value, full[name])
+    # What has no elements anyway, and what is not there, may be of any empty shape.
+    part = {k: v[:0] if k in left_out else v for k, v in part.items()}
+    update(f, t, b, mask, *part.values())
+
+
+def test_gram_matrices_of_another_shape_are_refused():
+    for name, shape in [("gram_ff", "(5, 5)"), ("gram_tf", "(4, 5)"), ("gram_bb", "(3, 3)")]:
+        arguments = list(update_arguments(block=True))
+        at = 4 + ["count", "sums", *GRAMS].index(name)
+        arguments[at] = arguments[at][1:].contiguous()
+        before = [a.clone() for a in arguments[4:]]
+        message = re.escape(f"{name} must have shape {shape} or no elements (left out), got")
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.nbl.covariance_update(*arguments)
+        assert all(torch.equal(a, e) for a, e in zip(arguments[4:], before))
 
 
 def test_compiles_without_graph_breaks():

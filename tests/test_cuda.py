@@ -26,6 +26,9 @@ from test_memory import (
     make_scan,
     positional,
 )
+from test_memory_covariance import assert_right as assert_moments_right
+from test_memory_covariance import exact_moments as memory_moments
+from test_memory_covariance import texts
 from test_rope import SHAPES as ROPE_SHAPES
 from test_rope import assert_right, make_inputs
 from tolerance import assert_as_exact_as_torch, assert_rounding_only
@@ -725,6 +728,37 @@ def test_covariance_errors_name_the_argument(gram_path):
         with pytest.raises(error, match=message):
             call()
     assert acc.count == 0
+
+
+def test_covariance_gram_matrices_left_out(gram_path):
+    f, t, b = (hard_tokens(600, d, torch.bfloat16, seed=d).to(DEVICE) for d in (264, 72, 40))
+    full = nk.CovarianceAccumulator(264, 72, block_dim=40, device=DEVICE).state_dict()
+    names = [name for name in full if name.startswith("gram")]
+    for left_out in (*([name] for name in names), names[::2], names):
+        state = {k: torch.zeros_like(v[:0] if k in left_out else v) for k, v in full.items()}
+        torch.ops.nbl.covariance_update(f, t, b, None, *state.values())
+        if not full["count"]:
+            torch.ops.nbl.covariance_update(f, t, b, None, *full.values())
+        for name, value in state.items():
+            if name not in left_out:
+                assert (value - full[name]).double().norm() <= 1e-6 * full[name].double().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_of_features_with_a_memory(gram_path, dtype):
+    f, t = texts(6, 200, 40, dtype, mean=20.0)
+    mask = torch.rand(6, 200, generator=torch.Generator().manual_seed(0)) < 0.8
+    starts = torch.rand(6, 200, generator=torch.Generator().manual_seed(1)) < 0.02
+    exact = memory_moments(f, t, (1, 3), (0.6, 0.95), mask, starts)
+    acc = nk.MemoryAccumulator(40, 40, lags=(1, 3), device=DEVICE)
+    f, t = (torch.where(mask[..., None], x, float("nan")).to(DEVICE) for x in (f, t))
+    acc.update(f, t, mask=mask.to(DEVICE), starts=starts.to(DEVICE))
+    assert_moments_right(on_cpu(acc.moments()), exact, 40, dtype, means=True)
+    before = acc.state_dict()
+    f[2, mask[2].nonzero()[0, 0], 3] = float("inf")
+    with pytest.raises(RuntimeError, match="must be finite"):
+        acc.update(f, t, mask=mask.to(DEVICE))
+    assert all(torch.equal(before[k], v) for k, v in acc.state_dict().items())
 
 
 def test_covariance_opcheck_and_compile(gram_path):

@@ -26,6 +26,7 @@ class Layer:
     mask: torch.Tensor | None = None
     gap: int = 0
     offset: int = 0
+    left_out: tuple[str, ...] = ()  # Gram matrices
 
     def __post_init__(self):
         dims = [x.shape[1] for x in self.inputs]
@@ -33,7 +34,8 @@ class Layer:
 
     def payload(self) -> bytes:
         tokens = self.inputs[0].shape[0]
-        header = [len(self.inputs), tokens, int(self.mask is not None)]
+        left_out = sum(1 << self.gram_names().index(name) for name in self.left_out)
+        header = [len(self.inputs), tokens, int(self.mask is not None), left_out]
         for x in self.inputs:
             header += [x.shape[1], x.shape[1] + self.gap, self.offset]
         parts = [np.array(header, "i4").tobytes()]
@@ -50,9 +52,12 @@ class Layer:
         parts += [state[name].numpy().tobytes() for name in self.state_names()]
         return b"".join(parts)
 
-    def state_names(self) -> list[str]:
+    def gram_names(self) -> list[str]:
         blocks = ["gram_bf", "gram_bb"] if len(self.inputs) == 3 else []
-        return ["count", "sums", "gram_ff", "gram_tf", "gram_tt", *blocks]
+        return ["gram_ff", "gram_tf", "gram_tt", *blocks]
+
+    def state_names(self) -> list[str]:
+        return ["count", "sums", *(n for n in self.gram_names() if n not in self.left_out)]
 
     def take(self, data: memoryview) -> memoryview:
         state = self.acc.state_dict()
@@ -136,6 +141,41 @@ def test_without_a_shift(dtype, method):
     layer = plain_layer(129, (136, 40), dtype)
     assert update(layer, method=method) == NO_BAD_VALUE
     assert_exact(layer)
+
+
+@pytest.mark.parametrize("method", [PORTABLE, PANELS])
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        ("gram_ff",),
+        ("gram_tf",),
+        ("gram_tt",),
+        ("gram_bf",),
+        ("gram_bb",),
+        ("gram_ff", "gram_tt", "gram_bb"),
+        ("gram_ff", "gram_tf", "gram_tt", "gram_bf", "gram_bb"),
+    ],
+)
+@pytest.mark.parametrize("multiprocessors", [1, 60])
+def test_gram_matrices_may_be_left_out(left_out, method, multiprocessors):
+    """Null pointers, no tiles: of one layer among others, with tokens split and not."""
+    dims = (136, 24, 40)
+    full, part = (hard_layer(300, dims, torch.bfloat16, masked=True) for _ in range(2))
+    part.left_out = left_out
+    others = [hard_layer(40, (8, 24), torch.bfloat16), hard_layer(40, (24, 8), torch.bfloat16)]
+    update(full, method=method, multiprocessors=multiprocessors)
+    layers = others[0], part, others[1]
+    assert update(*layers, method=method, multiprocessors=multiprocessors) == NO_BAD_VALUE
+    for layer in others:
+        assert layer.acc.count == 40
+        f, t = (x.double() for x in layer.inputs)
+        assert relative_error(layer.acc.state_dict()["gram_tf"], t.T @ f) <= 1e-6
+    exact, state = full.acc.state_dict(), part.acc.state_dict()
+    for name, value in state.items():
+        if name in left_out:
+            assert not value.any()
+        else:
+            assert relative_error(value.double(), exact[name].double()) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

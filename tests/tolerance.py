@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import nbl_kernels as nk
 import torch
 from torch import Tensor, nn
+
+import nbl_kernels as nk
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:

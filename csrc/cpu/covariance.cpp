@@ -195,8 +195,7 @@ void check_sums(const char* name, const Tensor& t, std::initializer_list<int64_t
 
 // A Gram matrix without elements is left out: not computed.
 void check_gram(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  if (t.numel() > 0)
-    check_shape(kOp, name, t, {rows, cols}, " or no elements (left out)");
+  if (t.numel() > 0) check_shape(kOp, name, t, {rows, cols}, " or no elements (left out)");
   check(t.scalar_type() == ScalarType::Double && t.is_contiguous(), kOp, ": ", name,
         " must be a contiguous float64 tensor");
 }

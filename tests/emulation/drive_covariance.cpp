@@ -1,8 +1,9 @@
 // An update of streaming moments, launch by launch, from stdin to stdout: int32 dtype (0 float32,
 // 1 bfloat16, 2 float16), method (0 portable kernel, 1 panels), seed, multiprocessors, layers; per
-// layer int32 inputs, tokens, mask (0/1), per input dim, stride, offset (elements before the first
-// row), the mask, the inputs' elements, and what count, sums and Gram matrices hold before. Out:
-// int64 update, input, channel, token of a refused value (update -1: none), then the moments.
+// layer int32 inputs, tokens, mask (0/1), left out (bit i: product i), per input dim, stride,
+// offset (elements before the first row), the mask, the inputs' elements, and what count, sums and
+// the Gram matrices not left out hold before. Out: int64 update, input, channel, token of a refused
+// value (update -1: none), then the moments.
 #include <list>
 
 #include "driver.h"
@@ -83,6 +84,7 @@ void run() {
     update.num_inputs = read<int>();
     update.tokens = read<int>();
     const bool masked = read<int>();
+    const int left_out = read<int>();
     int offsets[kMaxInputs];
     size_t columns = 0;
     for (int s = 0; s < update.num_inputs; ++s) {
@@ -104,6 +106,7 @@ void run() {
     update.count = memory[i].count.data();
     update.sums = memory[i].sums.data();
     for (int product = 0; product < gram_products(update.num_inputs); ++product) {
+      if (left_out >> product & 1) continue;
       memory[i].grams[product] =
           read_array<double>(size_t(update.inputs[gram_row_input(product)].dim) *
                              update.inputs[gram_col_input(product)].dim);

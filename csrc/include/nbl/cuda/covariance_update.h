@@ -32,7 +32,7 @@ struct MomentsUpdate {  // the tokens of one layer and the sums they are added t
   const uint8_t* mask;  // or null
   int64_t tokens;
   int64_t* count;
-  double* sums;  // (all columns)
+  double* sums;                 // (all columns)
   double* grams[kMaxProducts];  // null: left out
 };
 
