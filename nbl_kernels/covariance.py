@@ -150,6 +150,12 @@ class CovarianceAccumulator:
         for tensor in self._tensors().values():
             torch.distributed.all_reduce(tensor, group=group)
 
+    def to(self, device: torch.device | str) -> CovarianceAccumulator:
+        """A copy on another device."""
+        other = CovarianceAccumulator(**self._dims, device=device)
+        other.load_state_dict(self.state_dict())
+        return other
+
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, as copies: count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb."""
         return {name: tensor.clone() for name, tensor in self._tensors().items()}

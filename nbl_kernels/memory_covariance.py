@@ -379,6 +379,12 @@ class MemoryAccumulator:
         self._ends = [part[:count] for part, count in zip(gathered, counts)]
         self._fold_ends()
 
+    def to(self, device: torch.device | str) -> MemoryAccumulator:
+        """A copy on another device."""
+        other = MemoryAccumulator(**self._settings, device=device)
+        other.load_state_dict(self.state_dict())
+        return other
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything accumulated, as copies, and lags and decays, to be compared when loaded."""
         return {name: tensor.clone() for name, tensor in self._tensors().items()}
