@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .batches import read_batches
+from .models import memory_arguments
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -51,7 +52,8 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
     with eval_mode(model):
         for batch in read_batches(batches, model):
             ids = batch.input_ids
-            hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
+            inputs = batch.inputs | memory_arguments(model.base_model, batch)
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
             labels = ids[:, 1:]
             predicted = None
             if batch.attention_mask is not None:

@@ -49,6 +49,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import nbl_kernels as nk
 from nbl_kernels.memory import Filters
 
+from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
 from .quantized import quantized_linears, scale_of
 
@@ -354,6 +355,15 @@ def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) 
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear
+
+
+def memory_arguments(base: nn.Module, batch: Batch) -> dict[str, MemorySpan]:
+    """What a stock base model, some layers of which were exchanged, must pass on to those with a
+    memory; NBL models find it out themselves."""
+    layers = getattr(base, "layers", ())
+    if not any(isinstance(m, LinearizedDecoderLayer) and m.spec.has_memory for m in layers):
+        return {}
+    return {"memory_span": MemorySpan(batch.attention_mask, batch.starts)}
 
 
 # --- the models ----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import nbl_kernels as nk
 
 from .batches import Batch
 from .linearization import linear_layer, map_spec
-from .models import MemorySpan
+from .models import memory_arguments
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -150,11 +150,9 @@ def _run(model: PreTrainedModel, layers: dict[int, nn.Module], batch: Batch, x: 
     """The stream behind these layers, x before them: the model's own forward makes their masks and
     rotations, the other layers and the last norm are skipped."""
     inputs = {name: t for name, t in batch.inputs.items() if name != "input_ids"}
-    span = MemorySpan(batch.attention_mask, batch.starts)
     with _only(model, layers):
-        return model.model(
-            inputs_embeds=x, **inputs, use_cache=False, memory_span=span
-        ).last_hidden_state
+        inputs |= memory_arguments(model.model, batch)
+        return model.model(inputs_embeds=x, **inputs, use_cache=False).last_hidden_state
 
 
 @contextmanager
