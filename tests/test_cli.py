@@ -267,6 +267,57 @@ def test_compress_options(tiny, book, options, expected):
         assert "expected 524,288 tokens" in found["notes"][-1]
 
 
+def test_compress_with_a_memory(tiny, book, tmp_path):
+    found = result_of("calibrate", tiny, "--text", book, "-o", "cal", "--memory", "--lags", "1,2")
+    memory = ["--memory", "--lags", "1,2"]
+    options = ["--text", book, "--rank", "4", "--layers", "2,0"]
+    plain = result_of(
+        "compress",
+        tiny,
+        "--calibration",
+        "cal",
+        *options,
+        *memory,
+        "-o",
+        "out",
+        "--criterion",
+        "nmse",
+    )
+    assert found["scores"]["nmse"][0] <= plain["scores"]["nmse"][0]  # of full rank there
+    expected = {"lags": [1, 2], "decays": {"0": [0.6, 0.95], "2": [0.6, 0.95]}}
+    assert plain["choice"]["memory"] == expected
+    model = transformers.AutoModelForCausalLM.from_pretrained("out")
+    assert model.config.nbl["layers"]["2"]["lags"] == [1, 2]
+    chosen = ["--memory", "--decays", "0.3,0.6,0.9", "--choose-decays", "1", "--sequential"]
+    found = result_of(
+        "compress",
+        tiny,
+        *options,
+        *chosen,
+        "--refit-mlp",
+        "-o",
+        "out2",
+        "--eval-text",
+        f"{book}/0.txt",
+    )
+    assert found["choice"]["sequential"] and found["choice"]["refit_mlp"]
+    assert all(len(decays) == 1 for decays in found["choice"]["memory"]["decays"].values())
+    assert found["points"][1]["perplexity"] > 1
+    text = result_of("generate", "out2", "--prompt", "def f", "--max-new-tokens", 8)["text"]
+    assert text
+    for words, args in (
+        ("memory: expected .*has, got", ["--calibration", "cal", "--memory", "--decays", "0.5"]),
+        ("lags: expected --memory", ["--lags", "1"]),
+        ("decays: expected numbers between commas", ["--memory", "--decays", "x"]),
+        ("drop: expected neither", ["--drop", "--memory"]),
+        ("refit-mlp: expected --sequential", ["--refit-mlp"]),
+        ("sequential: expected no --sweep", ["--sequential", "--sweep"]),
+    ):
+        refused = refusal_of("compress", tiny, "--text", book, "--layers", 1, "-o", "no", *args)
+        assert re.search(words, refused)
+    assert not (tmp_path / "no").exists()
+
+
 def test_compress_from_a_calibration(tiny, book, calibrated):
     found = result_of("compress", tiny, "--calibration", calibrated, "--layers", 2, "-o", "out")
     assert found["choice"]["criterion"] == "residual"

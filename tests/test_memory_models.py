@@ -9,7 +9,6 @@ import copy
 import json
 
 import nbl
-import nbl_kernels as nk
 import pytest
 import torch
 from nbl.cache import MOST_ROLLED_BACK, MemoryCacheLayer
@@ -17,6 +16,8 @@ from nbl.models import layer_specs
 from nbl.runner import _Graphs
 from tolerance import assert_rounding_only, exact_copy
 from transformers import AutoModelForCausalLM, DynamicCache
+
+import nbl_kernels as nk
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")  # as many as these tests need
 
@@ -99,9 +100,7 @@ def texts(kind, token_batches):
         masks = [torch.ones_like(b) for b in batches]
         for n, mask in enumerate(masks):
             mask[0, : 3 + n], mask[1, -4:] = 0, 0
-        return [
-            {"input_ids": b, "attention_mask": m} for b, m in zip(batches, masks, strict=True)
-        ]
+        return [{"input_ids": b, "attention_mask": m} for b, m in zip(batches, masks, strict=True)]
     if kind == "packed":
         positions = torch.cat([torch.arange(n) for n in (13, 1, 20, 6)]).expand(4, -1)
         return [{"input_ids": b, "position_ids": positions} for b in batches]
@@ -113,7 +112,7 @@ def texts(kind, token_batches):
 def test_maps_are_least_squares_on_the_stacked_features(kind, memory, tiny_model, token_batches):
     model, batches = tiny_model(), texts(kind, token_batches)
     cal = calibrated(model, batches, memory)
-    x, phi, y = stacked(model, batches, 1, memory)
+    _, phi, y = stacked(model, batches, 1, memory)
     assert cal.tokens == len(phi)
     solved = cal.solve(ridge=1e-6)[1]
     centered, target = phi - phi.mean(0), y - y.mean(0)
@@ -368,7 +367,13 @@ def test_rolled_back_tokens_leave_no_trace(sizes, removed, remembering, ids):
         assert torch.equal(a, b)
     if sizes[-1] == 1:  # then it is also that of a text which ended there
         for a, b in zip(
-            states(cache), states(filled(model, ids[:, : 21 - removed], [12] + [1] * (9 - removed)) if removed < 9 else filled(model, ids[:, :12], [12])), strict=True
+            states(cache),
+            states(
+                filled(model, ids[:, : 21 - removed], [12] + [1] * (9 - removed))
+                if removed < 9
+                else filled(model, ids[:, :12], [12])
+            ),
+            strict=True,
         ):
             assert torch.equal(a, b)
     cache.crop(-2)  # once more, and on

@@ -211,6 +211,26 @@ Criterion = Annotated[
         show_default="loss; residual without text; cosine with --drop",
     ),
 ]
+Memory = Annotated[
+    bool,
+    typer.Option(
+        "--memory", help="Let the maps remember: the token before, and averages of all before."
+    ),
+]
+Lags = Annotated[
+    str | None,
+    typer.Option(metavar="L,...", help="With --memory: which tokens before.", show_default="1"),
+]
+Decays = Annotated[
+    str | None,
+    typer.Option(metavar="A,...", help="With --memory: of the averages.", show_default="0.6,0.95"),
+]
+ChooseDecays = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="With --memory: every layer takes its best so many.", show_default="all"
+    ),
+]
 Weights = Annotated[
     Literal["int8", "fp8", "int4"] | None,
     typer.Option(help="Quantize the weights first.", show_default="as they are"),
@@ -226,6 +246,10 @@ def calibrate(
     text: Texts = None,
     output: Output = ...,
     features: Features = None,
+    memory: Memory = False,
+    lags: Lags = None,
+    decays: Decays = None,
+    choose_decays: ChooseDecays = None,
     max_tokens: MaxTokens = None,
     length: Length = None,
     batch_size: BatchSize = None,
@@ -244,11 +268,12 @@ def calibrate(
     Example: `nbl calibrate meta-llama/Llama-3.2-1B --text book.txt notes/ -o cal`
     """
     start = time.perf_counter()
+    remembered = _parse_memory(memory, lags, decays, choose_decays)
     with new_folder(output, overwrite=overwrite) as folder:
         loaded, tokenizer = _load(model, dtype, device)
         limit = max_tokens or CALIBRATION_TOKENS
         documents, sources = _documents(model, text, limit)
-        plan = _Plan(features or "post-norm", None, length, batch_size, limit)
+        plan = _Plan(features or "post-norm", None, length, batch_size, limit, remembered)
         batches = plan.batches(loaded, tokenizer, documents)
         calibration = plan.calibrate(loaded, batches, checkpoint=checkpoint)
         scores = measure.score_layers(calibration)
@@ -340,6 +365,20 @@ def compress(
             min=1, help="Store W as a product of two matrices of this rank.", show_default="full"
         ),
     ] = None,
+    memory: Memory = False,
+    lags: Lags = None,
+    decays: Decays = None,
+    choose_decays: ChooseDecays = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Fit every map on what the replaced layers below it leave."
+        ),
+    ] = False,
+    refit_mlp: Annotated[
+        bool,
+        typer.Option("--refit-mlp", help="With --sequential: refit the down projections, too."),
+    ] = False,
     drop: Annotated[
         bool, typer.Option("--drop", help="Only remove the attention, without a map: the baseline.")
     ] = False,
@@ -376,10 +415,20 @@ def compress(
     """Calibrate, rank, replace M attention layers by linear maps, and save the model.
 
     Examples: `nbl compress meta-llama/Llama-3.2-1B --text book.txt --layers 6 -o llama-nbl-6`,
-    `nbl compress demo --layers 4 --eval -o demo-nbl-4`
+    `nbl compress demo --layers 4 --eval -o demo-nbl-4`,
+    `nbl compress demo --layers 6 --memory --rank 24 --eval -o demo-memory-6`
     """
     start = time.perf_counter()
     evaluate = evaluate or sweep or bool(eval_text)
+    remembered = _parse_memory(memory, lags, decays, choose_decays)
+    if drop and (memory or sequential):
+        raise ValueError(
+            "drop: expected neither --memory nor --sequential beside it: no map is fitted"
+        )
+    if refit_mlp and not sequential:
+        raise ValueError("refit-mlp: expected --sequential beside it")
+    if sequential and sweep:
+        raise ValueError("sequential: expected no --sweep: its maps are for one number of layers")
     with new_folder(output, overwrite=overwrite) as folder:
         given = nbl.Calibration.load(calibration) if calibration else None
         plan = _Plan.from_options(
@@ -392,6 +441,7 @@ def compress(
             drop,
             given,
             has_text=bool(text) or model == "demo",
+            memory=remembered,
         )
         loaded, tokenizer = _load(model, dtype, device)
         if nbl.linearized_layers(loaded):
@@ -400,7 +450,7 @@ def compress(
                 "already: start from the original"
             )
         asked = _parse_layers(layers, loaded.config.num_hidden_layers)
-        need_text = given is None or plan.criterion == "loss"
+        need_text = given is None or plan.criterion == "loss" or sequential
         documents, sources = (
             _documents(model, text, plan.max_tokens)
             if (need_text or (evaluate and not eval_text))
@@ -429,7 +479,7 @@ def compress(
 
         record = _record("compress", model, loaded)
         found = given or plan.calibrate(loaded, batches)
-        measured, maps = _choose_and_measure(
+        measured, maps, found = _choose_and_measure(
             loaded,
             found,
             plan,
@@ -441,6 +491,8 @@ def compress(
             rank=rank,
             drop=drop,
             sweep=sweep,
+            sequential=sequential,
+            refit_mlp=refit_mlp,
         )
         record |= measured
         record["notes"] += notes
@@ -758,7 +810,7 @@ def demo(
             }
         )
         found = plan.calibrate(loaded, batches)
-        measured, maps = _choose_and_measure(
+        measured, maps, _ = _choose_and_measure(
             loaded, found, plan, count - 2, batches, eval_batches, sweep=True
         )
         record |= measured
@@ -833,10 +885,21 @@ class _Plan:
     length: int | None
     batch_size: int | None
     max_tokens: int | None
+    memory: nbl.Memory | None = None
 
     @classmethod
     def from_options(
-        cls, preset, features, criterion, length, batch_size, max_tokens, drop, given, has_text
+        cls,
+        preset,
+        features,
+        criterion,
+        length,
+        batch_size,
+        max_tokens,
+        drop,
+        given,
+        has_text,
+        memory=None,
     ):
         """Explicit options, then the preset, then the defaults. `given`: a calibration or None."""
         base = PAPER if preset else {}
@@ -845,6 +908,10 @@ class _Plan:
             raise ValueError(
                 f"features: expected {given.features}, as the calibration has, got {features}"
             )
+        if given and memory is not None and memory != given.memory:
+            raise ValueError(
+                f"memory: expected {given.memory}, as the calibration has, got {memory}"
+            )
         fallback = "cosine" if drop else "loss" if has_text else "residual"
         return cls(
             features or (given.features if given else "post-norm"),
@@ -852,6 +919,7 @@ class _Plan:
             length,
             batch_size,
             max_tokens or base.get("max_tokens") or CALIBRATION_TOKENS,
+            given.memory if given else memory,
         )
 
     def batches(self, model, tokenizer, documents, max_tokens: int | None = None) -> list:
@@ -874,6 +942,7 @@ class _Plan:
                 model,
                 bars(batches, "calibrating"),
                 features=self.features,
+                memory=self.memory,
                 progress=False,
                 checkpoint=checkpoint,
             )
@@ -892,8 +961,11 @@ def _choose_and_measure(
     rank=None,
     drop=False,
     sweep=False,
-) -> tuple[dict, dict]:
-    """(scores, choice, points, notes and speed of the record, the maps of the chosen layers).
+    sequential=False,
+    refit_mlp=False,
+) -> tuple[dict, dict, nbl.Calibration]:
+    """(scores, choice, points, notes and speed of the record, the maps of the chosen layers, the
+    calibration that these are from).
 
     `asked` is a number of layers or their ids. The model is as it was afterwards.
     """
@@ -914,6 +986,19 @@ def _choose_and_measure(
         "layers": chosen,
         "criterion": plan.criterion if by_number else "the user",
     }
+    if sequential and chosen:
+        fitted = {"ridge": ridge, "bias": bias, "rank": rank, "refit_mlp": refit_mlp}
+        with _progress() as bars:
+            calibration = nbl.calibrate(
+                model,
+                bars(batches, "fitting layer by layer"),
+                features=calibration.features,
+                memory=calibration.memory,
+                layers=chosen,
+                sequential=True,
+                progress=False,
+                **fitted,
+            )
     maps = calibration.solve(ridge=ridge, bias=bias, rank=rank, layers=chosen)
     if not drop:
         choice |= {
@@ -923,7 +1008,14 @@ def _choose_and_measure(
             "ridge": ridge,
             "ridge_used": {layer: float(maps[layer].ridge) for layer in chosen},
             "nmse": {layer: float(maps[layer].nmse) for layer in chosen},
+            "sequential": sequential,
+            "refit_mlp": refit_mlp,
         }
+        if calibration.memory is not None:
+            choice["memory"] = {
+                "lags": calibration.memory.lags,
+                "decays": {layer: maps[layer].decays for layer in chosen},
+            }
     options = {"bias": bias, "rank": rank, "maps": maps}
     choices = [chosen[:m] for m in range(1, len(chosen) + 1)] if sweep else [chosen]
     record = {
@@ -967,7 +1059,7 @@ def _choose_and_measure(
             "batch": 1,
             "repetitions": repetitions,
         }
-    return record, maps
+    return record, maps, calibration
 
 
 def _load(name: str, dtype: str, device: str, weights: str | None = None):
@@ -997,6 +1089,31 @@ def _load(name: str, dtype: str, device: str, weights: str | None = None):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{expected}: {reason}") from error
     return model.eval().to(target), tokenizer
+
+
+def _parse_memory(
+    memory: bool, lags: str | None, decays: str | None, choose: int | None
+) -> nbl.Memory | None:
+    """What --memory, --lags, --decays and --choose-decays say."""
+    given = {"lags": lags, "decays": decays, "choose-decays": choose}
+    if not memory:
+        named = [name for name, value in given.items() if value is not None]
+        if named:
+            raise ValueError(f"{named[0]}: expected --memory beside it")
+        return None
+
+    def numbers(name: str, text: str, kind: type) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise ValueError(f"{name}: expected numbers between commas, got {text!r}") from None
+
+    options = {} if choose is None else {"choose": choose}
+    if lags is not None:
+        options["lags"] = numbers("lags", lags, int)
+    if decays is not None:
+        options["decays"] = numbers("decays", decays, float)
+    return nbl.Memory(**options)
 
 
 def _device(name: str) -> torch.device:
