@@ -367,7 +367,7 @@ def memory_scan(
         weight_v_scale,
         weight_u_scale,
     )
-    if not _needs_gradient(*arguments):
+    if not _needs_gradient(*(a for a in arguments if isinstance(a, Tensor))):
         return torch.ops.nbl.memory_scan(*arguments)
     for name, t in (("state", state), ("history", history)):
         if t is not None and t.requires_grad:

@@ -629,6 +629,23 @@ def test_compiles_without_graph_breaks():
     assert whole[1].count_nonzero() and whole[2].count_nonzero() and not whole[0].any()
 
 
+def test_compiles_once_for_every_length():
+    """With sizes, and norm_eps, that are known when it runs. Not by inductor: with unknown sizes
+    that of torch 2.13 has what an operator writes to a view of an input end up elsewhere."""
+
+    def step(tensors: dict[str, Tensor], norm_eps: float) -> Tensor:
+        return nk.memory_scan(**tensors, norm_eps=norm_eps, lags=(1,), decays=(0.6, 0.95)) + 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9, 33):
+        a = make_scan(2, tokens, 16, 8, 16, norm=True, started=True, history=2)
+        tensors = {name: t for name, t in a.items() if isinstance(t, Tensor)}
+        expected = copied(tensors)
+        out = compiled(tensors, a["norm_eps"])
+        assert torch.equal(out, step(expected, a["norm_eps"]))
+        assert torch.equal(tensors["state"], expected["state"])
+
+
 DIFFERENTIABLE = ("x", "weight_v", "weight_u", "bias", "residual", "norm_weight")
 
 
