@@ -303,6 +303,7 @@ def test_compress_with_a_memory(tiny, book, tmp_path):
     assert found["choice"]["sequential"] and found["choice"]["refit_mlp"]
     assert all(len(decays) == 1 for decays in found["choice"]["memory"]["decays"].values())
     assert found["points"][1]["perplexity"] > 1
+    assert [point["state_bytes"] for point in found["points"]] == [0, 2 * 2 * 4 * 4]
     text = result_of("generate", "out2", "--prompt", "def f", "--max-new-tokens", 8)["text"]
     assert text
     for words, args in (

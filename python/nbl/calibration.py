@@ -462,8 +462,8 @@ def calibrate(
         features: "post-norm", f = RMSNorm(x) with the layer's weight, or "pre-norm", f = x.
         memory: :class:`nbl.Memory`: measure the features of the tokens before, too. Padding is
             skipped as if it were not there, and no memory reaches beyond the beginning of a row or
-            of a packed text. Memory for the sums is then up to (4 P + 1 + ...) d² float64 of a
-            layer in place of 5 d²; see layers_at_once.
+            of a packed text. The sums of a layer are then 14 d² float64 (9 with pre-norm features)
+            for the default memory, in place of 5 (3); see layers_at_once.
         layers: ids to observe, default every layer that still has attention.
         checkpoint: a folder. The sums are stored there from time to time, and a calibration that
             was killed goes on where the last store left it, when called again with the same

@@ -1352,11 +1352,15 @@ def _show_points(record: dict) -> None:
     speed = ("prefill\ntokens/s", "decode\ntokens/s") if evaluated else ()
     table.add_column("m", justify="right")
     table.add_column("layers")
-    for name in (*quality, "KV bytes\n/token", *speed):
+    remembers = "state_bytes" in dense
+    state = ("state\nbytes",) if remembers else ()
+    for name in (*quality, "KV bytes\n/token", *state, *speed):
         table.add_column(name, justify="right")
     for point in points:
         m = len(point["layers"])
         cells = [f"{point['kv_bytes_per_token']:,}"]
+        if remembers:
+            cells.append(f"{point['state_bytes']:,}")
         if evaluated:
             cells = [
                 f"[bold]{point['perplexity']:.2f}[/]",

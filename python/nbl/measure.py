@@ -72,6 +72,12 @@ def kv_bytes_per_token(model) -> int:
     return sum(t.numel() * t.element_size() for t in held if t is not None) // tokens.shape[1]
 
 
+def state_bytes(model) -> int:
+    """Bytes that the layers with a memory keep of one sequence, whatever its length."""
+    layers = (model.model.layers[i] for i in nbl.linearized_layers(model))
+    return sum(layer.new_state(1).nbytes for layer in layers if layer.spec.has_memory)
+
+
 class Stopwatch(BaseStreamer):
     """Notes when `generate` starts and when each new token is there; may pass tokens on."""
 
@@ -154,7 +160,8 @@ def measure_points(
 ) -> list[dict]:
     """One row for the dense model and one for each choice of layers: what nbl.report calls points.
 
-    KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions.
+    KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions;
+    and, with a memory, its state bytes per sequence.
     With `batches`, the perplexity of NBL, of dropping as many layers in `cosine_order`, and of
     dropping the same layers. `options` go to `nbl.linearize`; `watch` may wrap the batches of each
     pass, to show progress.
@@ -177,6 +184,8 @@ def measure_points(
         point = {"layers": layers}
         with variant(model, calibration, layers, options, drop=drop):
             point["kv_bytes_per_token"] = kv_bytes_per_token(model)
+            if calibration.memory is not None and not drop:
+                point["state_bytes"] = state_bytes(model)
         if batches is not None:
             with variant(model, calibration, layers, options):
                 point["perplexity"] = perplexity(f"NBL-{m}" if m else "dense")
