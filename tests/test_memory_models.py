@@ -552,3 +552,58 @@ def test_quantized(weights, remembering, padded):
     new = nbl.Runner(model, 4, 40).generate(ids, NEW, attention_mask=mask)
     assert all(torch.equal(a, b) for a, b in zip(new, expected, strict=True))
     nbl.restore(model)
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["", "optimized"])
+@pytest.mark.parametrize("kind", ["one token", "reduced", *KINDS])
+def test_adapters_on_the_maps_take_part(kind, optimized, remembering, tiny_model, token_batches):
+    """As a LoRA layer does: the weight that the kernels would read is not all there is to it."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            size = (base.out_features, base.in_features)
+            self.change = torch.nn.Parameter(torch.randn(size) / 20)
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+        @property
+        def weight(self):
+            return self.base.weight
+
+        @property
+        def bias(self):
+            return self.base.bias
+
+        def forward(self, x):
+            return self.base(x) + x @ self.change.T
+
+    ids = token_batches(1, batch_size=2, length=12, seed=4)[0]
+    if kind in KINDS:
+        model = remembering(kind=kind)
+    else:
+        cal = calibrated(tiny_model(), token_batches(4), None)
+        rank = None if kind == "one token" else 5
+        model = nbl.linearize(tiny_model(), cal, [0, 2], rank=rank)
+    merged = copy.deepcopy(model)
+    if optimized:
+        nbl.optimize(model)
+    for i in (0, 2):
+        layer = model.model.layers[i]
+        for name in ("linear", "linear_v", "linear_u"):
+            if hasattr(layer, name):
+                adapted = Adapted(getattr(layer, name))
+                setattr(layer, name, adapted)
+                with torch.no_grad():
+                    getattr(merged.model.layers[i], name).weight += adapted.change
+    with torch.no_grad():
+        expected = merged(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+        last = model(ids[:, 7:], past_key_values=cache).logits
+        torch.testing.assert_close(last, expected[:, 7:], rtol=1e-4, atol=1e-4)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert model.model.layers[2].mlp.down_proj.weight.grad is not None
+    changes = [m.change for m in model.modules() if isinstance(m, Adapted)]
+    assert all(c.grad is not None and c.grad.abs().max() > 0 for c in changes)

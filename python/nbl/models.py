@@ -47,11 +47,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import nbl_kernels as nk
-from nbl_kernels.memory import Filters
+from nbl_kernels.memory import Filters, filter_features
 
 from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
-from .quantized import quantized_linears, scale_of
+from .quantized import is_plain_or_quantized, quantized_linears, scale_of
 
 __all__ = [
     "FAMILIES",
@@ -292,6 +292,11 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             y = self._recall(x, state, span, history)
             entry.remember(history)
             return y
+        if self._is_adapted():
+            y = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
+            for linear in self._maps():
+                y = linear(y)
+            return x + y
         norm = self._norm()
         if self.spec.rank is None:
             linear, scale = self.linear, scale_of(self.linear)
@@ -320,6 +325,8 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """x + W φ(x) + b, which takes the state (and its history) on."""
         span = span or MemorySpan()
+        if self._is_adapted():
+            return self._recall_adapted(x, state, span, history)
         v, u = self.linear_v, getattr(self, "linear_u", None)
         return nk.memory_scan(
             x,
@@ -336,6 +343,36 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             weight_u_scale=None if u is None else scale_of(u),
             **self._norm(),
         )
+
+    def _recall_adapted(
+        self, x: Tensor, state: Tensor, span: MemorySpan, history: Tensor | None
+    ) -> Tensor:
+        """The same where linears are called, not read."""
+        filters = self.spec.filters
+        f = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
+        g = self.linear_v(f).unflatten(-1, (filters.branches, -1))
+        branches, states = filter_features(
+            g, filters, own=True, state=state.clone(), mask=span.mask, starts=span.starts
+        )
+        with torch.no_grad():
+            if states.shape[1] > 0:
+                state.copy_(states[:, -1])
+            if history is not None:
+                history.copy_(states[:, states.shape[1] - history.shape[1] :])
+        c = branches.sum(dim=2).to(x.dtype)
+        if self.spec.rank is not None:
+            return x + self.linear_u(c)
+        return x + c if self.linear_bias is None else x + c + self.linear_bias
+
+    def _maps(self) -> list[nn.Module]:
+        """The linears of the map, in the order in which they are applied."""
+        names = ("linear", "linear_v", "linear_u")
+        return [self._modules[name] for name in names if name in self._modules]
+
+    def _is_adapted(self) -> bool:
+        """Whether a linear of the map is more than its weight, such as a LoRA layer: it is called
+        then, as kernels would read the weight alone."""
+        return not all(map(is_plain_or_quantized, self._maps()))
 
     def _norm(self) -> dict[str, Any]:
         """Arguments of the kernels: the features are normalized, or not."""
