@@ -251,7 +251,7 @@ def test_bad_arguments(tiny_model, token_batches):
     model = tiny_model()
     with pytest.raises(ValueError, match="features"):
         calibrate(model, token_batches(1), features="norm")
-    with pytest.raises(NotImplementedError, match="memory"):
+    with pytest.raises(TypeError, match="memory"):
         calibrate(model, token_batches(1), memory=object())
     with pytest.raises(ValueError, match="out of range"):
         calibrate(model, token_batches(1), layers=[7])
