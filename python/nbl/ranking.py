@@ -63,7 +63,8 @@ def rank_layers(
 
 def _relative_power(cal: Calibration, layer: int) -> float:
     """tr(C_yy) / E||x||²."""
-    return float(cal.moments(layer).cov_tt.diagonal().sum()) / cal.mean_square(layer)
+    moments = cal.moments(layer, decays=())  # of a memory's features as few as there can be
+    return float(moments.cov_tt.diagonal().sum()) / cal.mean_square(layer)
 
 
 def _loss(
