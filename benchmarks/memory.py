@@ -53,7 +53,7 @@ SHAPE = {  # layers of Llama-3.2-1B's shape, as in quantization.py
 class Demo:
     """The shipped model, its texts, and its perplexity with some layers replaced."""
 
-    def __init__(self, calibration_tokens: int, test_tokens: int | None) -> None:
+    def __init__(self, calibration_tokens: int, test_tokens: int) -> None:
         self.model, tokenizer = nbl.demo.load(torch.float32)
         settings = {"length": CONTEXT, "batch_size": 8}
         self.calibration = nbl.demo.token_batches(
@@ -507,7 +507,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calibration-tokens", type=int, default=98_304)
-    parser.add_argument("--test-tokens", type=int, help="default: all of the held-out text")
+    parser.add_argument("--test-tokens", type=int, default=16_384, help="there are some 90,000")
     parser.add_argument("--all", action="store_true", help="sequential maps for every count")
     parser.add_argument("--refit", action="store_true", help="and with refitted down projections")
     parser.add_argument("--speed", action="store_true", help="decode and prefill alone")
