@@ -62,11 +62,15 @@ class Demo:
         self.test = nbl.demo.token_batches(tokenizer, "test", **settings, max_tokens=test_tokens)
         self.layers = self.model.config.num_hidden_layers
         self.hidden_size = self.model.config.hidden_size
-        self.cals = {
-            memory: nbl.calibrate(self.model, self.calibration, memory=memory, progress=False)
-            for memory in (None, MEMORY, GRID)
-        }
+        self.cals: dict[nbl.Memory | None, nbl.Calibration] = {}
         self.base = nbl.perplexity(self.model, self.test)
+
+    def cal(self, memory: nbl.Memory | None) -> nbl.Calibration:
+        if memory not in self.cals:
+            self.cals[memory] = nbl.calibrate(
+                self.model, self.calibration, memory=memory, progress=False
+            )
+        return self.cals[memory]
 
     def perplexity(self, replace: Callable[[PreTrainedModel], Any]) -> float:
         try:
@@ -79,7 +83,7 @@ class Demo:
         options = {}
         if criterion == "loss":
             options = {"model": self.model, "batches": self.calibration[:4]}
-        return [s.layer for s in self.cals[memory].rank(criterion, rank=rank, **options)]
+        return [s.layer for s in self.cal(memory).rank(criterion, rank=rank, **options)]
 
     def maps(
         self, memory: nbl.Memory | None, rank: int | None, layers: Sequence[int], **sequential: Any
@@ -88,7 +92,7 @@ class Demo:
         if sequential:
             sequential["batches"] = self.calibration
         return self.perplexity(
-            lambda model: nbl.linearize(model, self.cals[memory], layers, rank=rank, **sequential)
+            lambda model: nbl.linearize(model, self.cal(memory), layers, rank=rank, **sequential)
         )
 
 
@@ -153,7 +157,7 @@ def by_loss(demo: Demo, count: int) -> list[dict[str, Any]]:
 
 def chosen_decays(demo: Demo, count: int) -> dict[str, Any]:
     """Two decays of a grid for each layer, by the NMSE that they leave, at rank d/8."""
-    rank, cal = demo.hidden_size // 8, demo.cals[GRID]
+    rank, cal = demo.hidden_size // 8, demo.cal(GRID)
     layers = demo.order(GRID, rank, "residual")[:count]
     result = {
         "grid": GRID.decays,
@@ -170,7 +174,7 @@ def nmse(demo: Demo) -> dict[str, list[float]]:
     """What every map misses of the attention's variance, layer by layer, on the calibration."""
     found = {}
     for kind in kinds(demo.hidden_size):
-        solved = demo.cals[kind["memory"]].solve(rank=kind["rank"])
+        solved = demo.cal(kind["memory"]).solve(rank=kind["rank"])
         found[kind["name"]] = [float(solved[i].nmse) for i in sorted(solved)]
     return found
 
@@ -256,7 +260,7 @@ def layer_bytes(demo: Demo) -> dict[str, Any]:
         }
     }
     for kind in kinds(d):
-        cal, rank = demo.cals[kind["memory"]], kind["rank"]
+        cal, rank = demo.cal(kind["memory"]), kind["rank"]
         try:
             nbl.linearize(model, cal, [1], rank=rank)
             held = cached(tokens).state
@@ -308,7 +312,6 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
     record["curves"] = curves(demo)
     record["nmse"] = nmse(demo)
     record["by_loss"] = by_loss(demo, count)
-    record["chosen_decays"] = chosen_decays(demo, count)
     record["excess_log_loss"] = excess(record, count)
     for row in record["excess_log_loss"]:
         print(
@@ -322,6 +325,9 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
     for refit in (False, True) if options.refit else (False,):
         for memory in (MEMORY, None):
             record["sequential"].append(sequential(demo, memory, counts, refit))
+            save(record)
+        if not refit:
+            record["chosen_decays"] = chosen_decays(demo, count)
             save(record)
 
 
