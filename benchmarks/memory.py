@@ -432,7 +432,7 @@ def show_speeds(found: dict[str, Any]) -> None:
 # name in the JSON: label, colour, line, marker
 STYLES = {
     "dropped, by cosine": ("attention dropped", "#9a9a9a", ":", "x"),
-    "NBL (one token)": ("NBL as in the paper: one token, full rank", "#c0392b", "-", "o"),
+    "NBL (one token)": ("one token, full rank (the paper's map)", "#c0392b", "-", "o"),
     "one token, rank d/8": ("one token, rank d/8", "#e59866", "--", "o"),
     "memory, full rank": ("memory, full rank", "#7fb3d5", "--", "s"),
     "memory, rank d/8": ("memory, joint rank d/8", "#1f618d", "-", "s"),
@@ -476,30 +476,29 @@ def plot(record: dict[str, Any], path: Path) -> None:
         if n.startswith("memory")
     )
     right.plot(*zip(*[m[:2] for m in memories]), "-s", color="#1f618d", ms=5, label="memory")
-    for x, y, name in memories:
-        note = "full rank" if name.endswith("full rank") else name.split("rank ")[1]
-        right.annotate(note, (x, y), (2, 7), textcoords="offset points", fontsize=8)
     tokens = [(weights[n], by_name[n]["perplexity"][count - 1]) for n in list(STYLES)[1:3]]
     right.plot(*zip(*sorted(tokens)), "-o", color="#c0392b", ms=5, label="one token")
-    for (x, y), note in zip(tokens, ("full rank (the paper's)", "d/8")):
-        right.annotate(note, (x, y), (6, 5), textcoords="offset points", fontsize=8)
-    right.axvline(weights["attention"], color="#9a9a9a", ls=":", lw=1.2)
+    notes = [(x, y, name.split("memory, ")[1].removeprefix("rank ")) for x, y, name in memories]
+    notes += [(*tokens[0], "full rank (the paper's)"), (*tokens[1], "d/8")]
+    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    for x, y, note in notes:
+        right.annotate(note, (x, y), **place)
+    right.axvline(weights["attention"], color="#9a9a9a", ls=":", lw=1.2, zorder=0)
     right.axhline(base, color="#555555", lw=0.8)
-    low, high = base * 0.96, max(y for _, y in tokens) * 1.05
-    right.text(
-        weights["attention"] * 1.04, (low + high) / 2, "attention's own\nweights", fontsize=8
-    )
-    right.text(0.13, base * 1.004, "the model itself", fontsize=8, color="#555555")
+    low, high = base * 0.96, max(y for _, y in tokens) * 1.06
+    middle = (tokens[0][1] + memories[0][1]) / 2
+    right.text(weights["attention"] * 1.06, middle, "attention's\nown weights", fontsize=8)
+    right.text(0.17, base * 1.004, "the model itself", fontsize=8, color="#555555")
     right.set_xscale("log", base=2)
     right.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
     right.set(
-        xlim=(0.12, 5.5),
+        xlim=(0.16, 6),
         ylim=(low, high),
         xlabel="weights of one replaced layer, × d²",
         ylabel="perplexity, held-out text",
         title=f"{count} of {layers} layers replaced",
     )
-    right.legend(fontsize=8, loc="upper right", frameon=False)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.7), frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25, lw=0.6)
