@@ -4,11 +4,13 @@ Perplexity against the number of layers replaced, on the held-out text of the sh
 attention dropped, the map of one token (as in the paper, and at rank d/8) and the map with a memory
 at several joint ranks. Every kind of map ranks the layers by its own residual; at three quarters of
 the layers also by the measured loss. The sequential maps, each fitted on what those below it leave,
-take about a minute per point and are measured for m = 2, 4, 6 unless --all.
+take half a minute to a minute per point and are measured for m = 2, 4, 6 unless --all. Where other
+programs share the cores, --threads 1 is much faster than 2; perplexities do not depend on it.
 
     python benchmarks/memory.py                 # perplexity and bytes: the JSON and the plot
     python benchmarks/memory.py --refit         # also sequential maps with refitted MLPs
     python benchmarks/memory.py --speed         # decode and prefill, added to the same JSON
+    python benchmarks/memory.py --recipe        # the paper's features and ranking, added as well
     python benchmarks/memory.py --plot-only     # draws the JSON again
     python benchmarks/memory.py --calibration-tokens 16384 --test-tokens 4096 --json none
 """
@@ -227,6 +229,22 @@ def excess(record: dict[str, Any], count: int) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def recipe(options: argparse.Namespace) -> dict[str, Any]:
+    """The paper's own choices, features before the norm and layers by CCA, one token, full rank."""
+    demo = Demo(options.calibration_tokens, options.test_tokens)
+    cal = nbl.calibrate(demo.model, demo.calibration, features="pre-norm", progress=False)
+    rows = []
+    for criterion in ("cca", "residual"):
+        order = [s.layer for s in cal.rank(criterion)]
+        found = [
+            demo.perplexity(lambda m, n=n, o=order: nbl.linearize(m, cal, o[:n]))
+            for n in range(1, demo.layers + 1)
+        ]
+        rows.append({"name": f"pre-norm, by {criterion}", "order": order, "perplexity": found})
+        show(rows[-1])
+    return {"base_perplexity": demo.base.value, "test_tokens": demo.base.tokens, "rows": rows}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -515,6 +533,7 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=16_384, help="there are some 90,000")
     parser.add_argument("--all", action="store_true", help="sequential maps for every count")
     parser.add_argument("--refit", action="store_true", help="and with refitted down projections")
+    parser.add_argument("--recipe", action="store_true", help="the paper's choices alone")
     parser.add_argument("--speed", action="store_true", help="decode and prefill alone")
     parser.add_argument("--layers", type=int, default=8, help="of the random model")
     parser.add_argument("--prompt", type=int, default=448, help="tokens, of the random model")
@@ -538,9 +557,11 @@ def main() -> None:
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "environment": machine.environment() | {"transformers": transformers.__version__},
         }
-        record = old | {"speed": stamp | found} if options.speed else stamp | found
-        if "speed" in old and not options.speed:
-            record["speed"] = old["speed"]
+        part = "speed" if options.speed else "recipe" if options.recipe else None
+        if part:
+            record = old | {part: stamp | found}
+        else:
+            record = stamp | found | {k: old[k] for k in ("recipe", "speed") if k in old}
         if path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             if "curves" in record:
@@ -548,6 +569,8 @@ def main() -> None:
 
     if options.plot_only:
         plot(old, path.with_suffix(".png"))
+    elif options.recipe:
+        save(recipe(options))
     elif options.speed:
         found = speeds(options)
         show_speeds(found)
