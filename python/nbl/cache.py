@@ -170,8 +170,8 @@ class MemoryCacheLayer(EmptyCacheLayer):
             self.count = before
             raise ValueError(
                 f"layer {self.index} has a memory, of which {self.depth} tokens can be taken back "
-                f"(at most {MOST_ROLLED_BACK}), got {removed} to remove: run the text anew, or draft "
-                "fewer tokens at a time (num_assistant_tokens)"
+                f"(at most {MOST_ROLLED_BACK}), got {removed} to remove: run the text anew, or "
+                "draft fewer tokens at a time (num_assistant_tokens)"
             )
         kept = self.past.shape[1]
         self.past.copy_(torch.cat([self.past[:, :removed], self.past[:, : kept - removed]], dim=1))
