@@ -133,7 +133,8 @@ class MemoryCacheLayer(EmptyCacheLayer):
             kept = (batch, MOST_ROLLED_BACK + 1, slots, rank)
             self.state = torch.zeros(shape, dtype=torch.float32, device=device)
             self.past = torch.zeros(kept, dtype=torch.float32, device=device)
-            if not torch.compiler.is_compiling():  # a graph may read and write it in place
+            # Where transformers compiles its steps, a graph may read and write it in place.
+            if self.is_compileable and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.state)
                 torch._dynamo.mark_static_address(self.past)
         elif self.state.shape != shape:
