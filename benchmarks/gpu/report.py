@@ -18,6 +18,7 @@ SWITCHES = {
     "rope_append": "rope",
     "memory_linear": "memory",
     "memory_scan": "memory",
+    "memory moments": "gram",
 }
 SHOWN_ROWS = (1, 4, 16, 17, 512)  # of x, in the short table
 FEW_ROWS = 16  # of x, up to which bytes are the limit
