@@ -151,8 +151,11 @@ class MemoryCacheLayer(EmptyCacheLayer):
 
     def remember(self, history: Tensor) -> None:
         """The states after the last tokens join those before."""
-        kept = self.past.shape[1]
-        self.past.copy_(torch.cat([self.past, history], dim=1)[:, -kept:])
+        past = torch.cat([self.past[:, history.shape[1] :], history], dim=1)
+        if self.is_compileable:  # graphs know its address
+            self.past.copy_(past)
+        else:
+            self.past = past
 
     def advance(self, tokens: int) -> None:
         super().advance(tokens)

@@ -112,14 +112,11 @@ class LayerSpec:
         filters = Filters(self.lags, self.decays)
         object.__setattr__(self, "lags", filters.lags)
         object.__setattr__(self, "decays", filters.decays)
+        object.__setattr__(self, "filters", filters)  # no field: it follows from two of them
 
     @property
     def has_memory(self) -> bool:
         return bool(self.lags or self.decays)
-
-    @property
-    def filters(self) -> Filters:
-        return Filters(self.lags, self.decays)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; a map without a memory says nothing of one."""
@@ -397,10 +394,15 @@ def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) 
 def memory_arguments(base: nn.Module, batch: Batch) -> dict[str, MemorySpan]:
     """What a stock base model, some layers of which were exchanged, must pass on to those with a
     memory; NBL models find it out themselves."""
-    layers = getattr(base, "layers", ())
-    if not any(isinstance(m, LinearizedDecoderLayer) and m.spec.has_memory for m in layers):
+    if not has_memory(base):
         return {}
     return {"memory_span": MemorySpan(batch.attention_mask, batch.starts)}
+
+
+def has_memory(base: nn.Module) -> bool:
+    """Whether a layer of a base model has a memory."""
+    layers = getattr(base, "layers", ())
+    return any(isinstance(m, LinearizedDecoderLayer) and m.spec.has_memory for m in layers)
 
 
 # --- the models ----------------------------------------------------------------------------------
@@ -489,7 +491,7 @@ class NblModelMixin(NblPreTrainedMixin):
         }
         if cached:
             prepare_entries(past_key_values, self.config.num_hidden_layers, specs)
-        if any(spec.has_memory for spec in specs.values()):
+        if has_memory(self):
             shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
             positions = None if cached else position_ids  # packed texts are for training
             span = _memory_span(shape, attention_mask, positions, memory_mask)
@@ -561,7 +563,7 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         inputs = super().prepare_inputs_for_generation(
             *args, attention_mask=attention_mask, **kwargs
         )
-        if not any(spec.has_memory for spec in layer_specs(self.config).values()):
+        if not has_memory(self.model):
             return inputs
         ids = inputs.get("input_ids")
         new = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
