@@ -10,6 +10,7 @@ programs share the cores, --threads 1 is much faster than 2; perplexities do not
     python benchmarks/memory.py                 # perplexity and bytes: the JSON and the plot
     python benchmarks/memory.py --refit         # also sequential maps with refitted MLPs
     python benchmarks/memory.py --speed         # decode and prefill, added to the same JSON
+    python benchmarks/memory.py --demo-speed    # those of the shipped model, added as well
     python benchmarks/memory.py --recipe        # the paper's features and ranking, added as well
     python benchmarks/memory.py --plot-only     # draws the JSON again
     python benchmarks/memory.py --calibration-tokens 16384 --test-tokens 4096 --json none
@@ -18,6 +19,7 @@ programs share the cores, --threads 1 is much faster than 2; perplexities do not
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -41,6 +43,7 @@ MEMORY = nbl.Memory(lags=(1,), decays=(0.6, 0.95))
 GRID = nbl.Memory(lags=(1,), decays=(0.5, 0.6, 0.8, 0.9, 0.95, 0.98), choose=2)
 TARGET = 0.5  # of the paper's excess log-loss, at no more weights
 CONTEXT = 512
+PARTS = ("recipe", "speed", "demo_speed")  # of the JSON, measured apart
 
 SHAPE = {  # layers of Llama-3.2-1B's shape, as in quantization.py
     "hidden_size": 2048,
@@ -398,10 +401,41 @@ def speeds(options: argparse.Namespace) -> dict[str, Any]:
         model = random_model(layers, replaced, memory)
         runners[name] = nbl.Runner(model, 1, length + steps + 1)
     prompt = torch.randint(SHAPE["vocab_size"], (1, length))
+    return {
+        "shape": SHAPE | {"num_hidden_layers": layers},
+        "dtype": "bfloat16",
+        "weights": "random, and so are the maps",
+        "rank": SHAPE["hidden_size"] // 8,
+        **in_turns(runners, prompt, steps, options.repeats),
+    }
+
+
+def demo_speeds(options: argparse.Namespace) -> dict[str, Any]:
+    """The shipped model, whose layers are so small that an operator's fixed cost shows."""
+    model, tokenizer = nbl.demo.load()
+    text = nbl.demo.token_batches(tokenizer, "calibration", length=512, batch_size=8)[:2]
+    count, rank = 3 * model.config.num_hidden_layers // 4, model.config.hidden_size // 8
+    prompt, runners = text[0][:1, :256], {}
+    for name, own in (("dense", {}), (f"NBL-{count}", {}), (f"memory-{count}", {"rank": rank})):
+        variant = copy.deepcopy(model)
+        if name != "dense":
+            cal = nbl.calibrate(variant, text, memory=MEMORY if own else None, progress=False)
+            nbl.linearize(variant, cal, range(count), **own)
+        runners[name] = nbl.Runner(variant, 1, 512)
+    found = in_turns(runners, prompt, 128, options.repeats)
+    return {"model": "demo", "dtype": "float32", "rank": rank, **found}
+
+
+def in_turns(
+    runners: dict[str, nbl.Runner], prompt: torch.Tensor, steps: int, repeats: int
+) -> dict[str, Any]:
+    """Prefill and decode of each, compared with dense and with one-token maps round by round."""
+    nbl_name = next(name for name in runners if name.startswith("NBL"))
+    length = prompt.shape[1]
     for runner in runners.values():
         seconds(runner, prompt[:, :32], 2)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    for _ in range(options.repeats):  # a round: one of each, so that all see the same machine
+    for _ in range(repeats):  # a round: one of each, so that all see the same machine
         for name, runner in runners.items():
             times[name].append(seconds(runner, prompt, steps))
     rows = []
@@ -415,23 +449,14 @@ def speeds(options: argparse.Namespace) -> dict[str, Any]:
         for what, place, tokens in (("prefill", 0, length), ("decode", 1, 1)):
             own = [t[place] for t in times[name]]
             row[f"{what}_tokens_per_second"] = tokens / statistics.median(own)
-            for other in ("dense", f"NBL-{count}"):
+            for other in ("dense", nbl_name):
                 ratios = [t[place] / s for t, s in zip(times[other], own, strict=True)]
                 row[f"{what}_times_{other.split('-')[0].lower()}"] = {
                     "median": statistics.median(ratios),
                     "range": [min(ratios), max(ratios)],
                 }
         rows.append(row)
-    return {
-        "shape": SHAPE | {"num_hidden_layers": layers},
-        "dtype": "bfloat16",
-        "weights": "random, and so are the maps",
-        "rank": SHAPE["hidden_size"] // 8,
-        "prompt": length,
-        "steps": steps,
-        "repeats": options.repeats,
-        "rows": rows,
-    }
+    return {"prompt": length, "steps": steps, "repeats": repeats, "rows": rows}
 
 
 def show_speeds(found: dict[str, Any]) -> None:
@@ -535,6 +560,7 @@ def main() -> None:
     parser.add_argument("--refit", action="store_true", help="and with refitted down projections")
     parser.add_argument("--recipe", action="store_true", help="the paper's choices alone")
     parser.add_argument("--speed", action="store_true", help="decode and prefill alone")
+    parser.add_argument("--demo-speed", action="store_true", help="those of the shipped model")
     parser.add_argument("--layers", type=int, default=8, help="of the random model")
     parser.add_argument("--prompt", type=int, default=448, help="tokens, of the random model")
     parser.add_argument("--steps", type=int, default=24, help="new tokens per round")
@@ -557,11 +583,11 @@ def main() -> None:
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "environment": machine.environment() | {"transformers": transformers.__version__},
         }
-        part = "speed" if options.speed else "recipe" if options.recipe else None
+        part = next((p for p in PARTS if getattr(options, p)), None)
         if part:
             record = old | {part: stamp | found}
         else:
-            record = stamp | found | {k: old[k] for k in ("recipe", "speed") if k in old}
+            record = stamp | found | {k: old[k] for k in PARTS if k in old}
         if path:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             if "curves" in record:
@@ -571,8 +597,8 @@ def main() -> None:
         plot(old, path.with_suffix(".png"))
     elif options.recipe:
         save(recipe(options))
-    elif options.speed:
-        found = speeds(options)
+    elif options.speed or options.demo_speed:
+        found = speeds(options) if options.speed else demo_speeds(options)
         show_speeds(found)
         save(found)
     else:
