@@ -35,7 +35,8 @@ import nbl
 import nbl.demo
 import torch
 import transformers
-from nbl.models import LayerSpec, NblLlamaConfig, NblLlamaForCausalLM, config_entry
+from nbl.models import LayerSpec
+from random_model import SHAPE, random_model
 from transformers import PreTrainedModel
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
@@ -44,15 +45,6 @@ GRID = nbl.Memory(lags=(1,), decays=(0.5, 0.6, 0.8, 0.9, 0.95, 0.98), choose=2)
 TARGET = 0.5  # of the paper's excess log-loss, at no more weights
 CONTEXT = 512
 PARTS = ("recipe", "speed", "demo_speed")  # of the JSON, measured apart
-
-SHAPE = {  # layers of Llama-3.2-1B's shape, as in quantization.py
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 32_000,
-}
 
 
 class Demo:
@@ -355,28 +347,6 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
 # --- speed ---------------------------------------------------------------------------------------
 
 
-def random_model(layers: int, replaced: int, memory: nbl.Memory | None) -> PreTrainedModel:
-    """Random weights and random maps: the speed does not depend on the numbers."""
-    spec = LayerSpec("linear", bias=True)
-    if memory is not None:
-        rank = SHAPE["hidden_size"] // 8
-        spec = LayerSpec("linear", bias=True, rank=rank, lags=memory.lags, decays=memory.decays)
-    specs = {i: spec for i in range(layers - replaced, layers)}
-    config = NblLlamaConfig(
-        **SHAPE,
-        num_hidden_layers=layers,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        nbl=config_entry(specs),
-    )
-    model = NblLlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    for i in specs:
-        for name, parameter in model.model.layers[i].named_parameters():
-            if name.startswith("linear") and parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.01)
-    return model
-
-
 def seconds(runner: nbl.Runner, prompt: torch.Tensor, steps: int) -> tuple[float, float]:
     """Of the prompt with the first new token, and per new token after it."""
     start = time.perf_counter()
@@ -393,19 +363,21 @@ def speeds(options: argparse.Namespace) -> dict[str, Any]:
     layers, steps, length = options.layers, options.steps, options.prompt
     count = 3 * layers // 4
     runners = {}
-    for name, replaced, memory in (
-        ("dense", 0, None),
-        (f"NBL-{count}", count, None),
-        (f"memory-{count}", count, MEMORY),
+    one_token = LayerSpec("linear", bias=True)
+    rank, filters = SHAPE["hidden_size"] // 8, {"lags": MEMORY.lags, "decays": MEMORY.decays}
+    for name, replaced, spec in (
+        ("dense", 0, one_token),
+        (f"NBL-{count}", count, one_token),
+        (f"memory-{count}", count, LayerSpec("linear", bias=True, rank=rank, **filters)),
     ):
-        model = random_model(layers, replaced, memory)
+        model = random_model(layers, replaced, spec)
         runners[name] = nbl.Runner(model, 1, length + steps + 1)
     prompt = torch.randint(SHAPE["vocab_size"], (1, length))
     return {
         "shape": SHAPE | {"num_hidden_layers": layers},
         "dtype": "bfloat16",
         "weights": "random, and so are the maps",
-        "rank": SHAPE["hidden_size"] // 8,
+        "rank": rank,
         **in_turns(runners, prompt, steps, options.repeats),
     }
 

@@ -25,20 +25,12 @@ import nbl
 import nbl.demo
 import torch
 import transformers
-from nbl.models import LayerSpec, NblLlamaConfig, NblLlamaForCausalLM, config_entry
-from transformers import PreTrainedModel
+from nbl.models import LayerSpec
+from random_model import SHAPE, random_model
 
 from nbl_kernels.quantization import FORMATS
 
 RESULT = Path(__file__).parent / "results" / "quantization.json"
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 32_000,  # a head in proportion to the few layers
-}
 CONTEXT = 128
 
 
@@ -74,21 +66,6 @@ def perplexities(calibration_tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def random_model(layers: int, linearized: int) -> PreTrainedModel:
-    specs = {i: LayerSpec("linear", bias=True) for i in range(layers - linearized, layers)}
-    config = NblLlamaConfig(
-        **SHAPE,
-        num_hidden_layers=layers,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        nbl=config_entry(specs),
-    )
-    model = NblLlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    for i in specs:
-        torch.nn.init.normal_(model.model.layers[i].linear.weight, std=0.01)
-    return model
-
-
 def step_seconds(runner: nbl.Runner, prompt: torch.Tensor, steps: int) -> float:
     """Seconds per new token, the prompt and the first one done."""
     stream = runner.stream(prompt, steps + 1)
@@ -103,7 +80,7 @@ def decode_speeds(layers: int, steps: int, repeats: int) -> list[dict[str, Any]]
     torch.manual_seed(0)
     runners: dict[tuple[str, str], nbl.Runner] = {}
     for linearized in (0, layers // 2):
-        model = random_model(layers, linearized)
+        model = random_model(layers, linearized, LayerSpec("linear", bias=True))
         for weights in (None, *FORMATS):
             own = nbl.optimize(copy.deepcopy(model), weights=weights)
             name = f"NBL-{linearized}" if linearized else "dense"

@@ -188,7 +188,7 @@ class CovarianceAccumulator:
 
         def covariance(gram: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
             if mean_x is mean_y:  # only the upper triangle is accumulated
-                gram = gram.triu() + gram.triu(1).T
+                gram = symmetric(gram)
             return (gram - torch.outer(n * mean_x, mean_y)).div_(n - ddof)
 
         has_block = self.block_dim > 0
@@ -227,6 +227,11 @@ class CovarianceAccumulator:
     def __repr__(self) -> str:
         dims = ", ".join(f"{name}={dim}" for name, dim in self._dims.items())
         return f"CovarianceAccumulator({dims}, count={self.count}, device={self.device})"
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """Of which only the upper triangle is accumulated."""
+    return gram.triu() + gram.triu(1).T
 
 
 def check_dims(**dims: int) -> None:

@@ -159,6 +159,28 @@ def _averages(g: Tensor, decay: float, carry: Tensor, part: Tensor | None) -> Te
     return torch.cat(done, dim=1)
 
 
+def remember(
+    g: Tensor,
+    filters: Filters,
+    state: Tensor,
+    history: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """c (B, T, r) of g (B, T, P·r), the sum of the branches, in float32 or float64; state and
+    history are taken on, without a gradient."""
+    g = g.unflatten(-1, (filters.branches, -1))
+    tokens = {"mask": mask, "starts": starts}
+    branches, states = filter_features(g, filters, own=True, state=state.clone(), **tokens)
+    with torch.no_grad():
+        if states.shape[1] > 0:
+            state.copy_(states[:, -1])
+        if history is not None:
+            history.copy_(states[:, states.shape[1] - history.shape[1] :])
+    return branches.sum(dim=2)
+
+
 def check_scan(
     x: Tensor,
     weight_v: Tensor,
@@ -260,16 +282,7 @@ def plain_scan(
     if norm_weight is not None:
         features = F.rms_norm(features, (x.shape[-1],), norm_weight, norm_eps)
     g = linear(features, weight_v, weight_v_scale, None)
-    g = g.unflatten(-1, (filters.branches, weight_v.shape[0] // filters.branches))
-    branches, states = filter_features(
-        g, filters, own=True, state=state.clone(), mask=mask, starts=starts
-    )
-    c = branches.sum(dim=2)
-    with torch.no_grad():
-        if states.shape[1] > 0:
-            state.copy_(states[:, -1])
-        if history is not None:
-            history.copy_(states[:, states.shape[1] - history.shape[1] :])
+    c = remember(g, filters, state, history, mask=mask, starts=starts)
     residual = x if residual is None else residual
     if weight_u is not None:
         return residual + linear(c.to(x.dtype), weight_u, weight_u_scale, bias)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from nbl_kernels.arrays import borrowed
-from nbl_kernels.covariance import Moments, check_dims, check_mask, check_tokens
+from nbl_kernels.covariance import Moments, check_dims, check_mask, check_tokens, symmetric
 from nbl_kernels.memory import Filters, filter_features
 
 _CHUNK_BYTES = 256 << 20  # float32 features of the sequences that are stacked at a time
@@ -472,13 +472,13 @@ class MemoryAccumulator:
             return (gram - torch.outer(n * mean_x, mean_y)).div_(n - ddof)
 
         cov_tf = covariance(columns(self._gram_ts), mean_t, mean_s)
-        cov_tt = covariance(_symmetric(self._gram_tt), mean_t, mean_t)
+        cov_tt = covariance(symmetric(self._gram_tt), mean_t, mean_t)
         block = {}
         if self.block_dim:
             block = {
                 "mean_block": mean_b.clone(),
                 "cov_bf": covariance(columns(self._gram_bs), mean_b, mean_s),
-                "cov_bb": covariance(_symmetric(self._gram_bb), mean_b, mean_b),
+                "cov_bb": covariance(symmetric(self._gram_bb), mean_b, mean_b),
             }
         elif residual_block:
             block = {
@@ -502,7 +502,7 @@ class MemoryAccumulator:
         d, lags = self.feature_dim, (0, *self.lags)
         past = self._gram_pf.unflatten(0, (-1, d))
         order = (*self.lags, *(None for _ in self.decays), *self._extra)
-        shifted = {0: _symmetric(self._gram_ff)}  # A_l
+        shifted = {0: symmetric(self._gram_ff)}  # A_l
         shifted |= {lag: past[i] for i, lag in enumerate(order) if lag is not None}
         averages = past[len(self.lags) :][: len(self.decays)]  # X_a
         rows = self._end_rows().double().unflatten(1, (-1, d)) if self._end_sums.numel() else None
@@ -571,8 +571,3 @@ class MemoryAccumulator:
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self._settings.items())
         return f"MemoryAccumulator({settings}, count={self.count}, device={self.device})"
-
-
-def _symmetric(gram: Tensor) -> Tensor:
-    """Of which only the upper triangle is accumulated."""
-    return gram.triu() + gram.triu(1).T

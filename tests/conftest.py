@@ -79,3 +79,13 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def token_batches() -> Callable[..., list[torch.Tensor]]:
     return make_token_batches
+
+
+@pytest.fixture
+def padded(token_batches: Callable[..., list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of lengths 11, 7 and 2, padded on the left."""
+    ids = token_batches(1, batch_size=3, length=11, seed=6)[0].clone()
+    mask = torch.ones_like(ids)
+    for row, start in ((1, 4), (2, 9)):
+        ids[row, :start], mask[row, :start] = 0, 0
+    return ids, mask

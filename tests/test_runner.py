@@ -44,16 +44,6 @@ def build(tiny_model, token_batches):
 
 
 @pytest.fixture
-def padded(token_batches):
-    """Three prompts of lengths 11, 7 and 2, padded on the left."""
-    ids = token_batches(1, batch_size=3, length=11, seed=6)[0].clone()
-    mask = torch.ones_like(ids)
-    for row, start in ((1, 4), (2, 9)):
-        ids[row, :start], mask[row, :start] = 0, 0
-    return ids, mask
-
-
-@pytest.fixture
 def prompts(padded):
     ids, mask = padded
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]

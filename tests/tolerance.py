@@ -38,9 +38,10 @@ def assert_as_exact_as_torch(
     assert_rounding_only(actual, torch_fn(*inputs), exact)
 
 
-def exact_copy(model: nn.Module) -> nn.Module:
-    """A transformers model in float64, its maps in plain PyTorch: the truth for logits."""
-    exact = copy.deepcopy(model).double()
+def exact_copy(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A transformers model in float64, its maps in plain PyTorch: the truth for logits. Or in
+    another dtype: PyTorch's way."""
+    exact = copy.deepcopy(model).to(dtype)
     for layer in exact.model.layers:
         if getattr(layer, "spec", None) and layer.spec.kind == "linear":
 
@@ -68,7 +69,7 @@ def recalled(layer: nn.Module, features: Tensor, x: Tensor, span) -> Tensor:
         None if u is None else u.weight,
         layer.linear_bias if u is None else u.bias,
         x,
-        state=layer.new_state(len(x)).double(),
+        state=layer.new_state(len(x)).to(x.dtype),
         lags=layer.spec.lags,
         decays=layer.spec.decays,
         **tokens,

@@ -478,8 +478,9 @@ def calibrate(
         sequential: fit the maps of `layers` (give those that are to be replaced together)
             bottom-up, each on the stream of the model in which those below it are replaced
             already, so that it makes up for their errors (:mod:`nbl.sequential`). Two passes over
-            `batches`, which are kept in memory with two hidden states per token. The calibration
-            is for exactly these layers and the following options, of which the others know nothing.
+            `batches` (three with refit_mlp), which are kept in memory with two hidden states per
+            token. The calibration is for exactly these layers and the following options, of which
+            the others know nothing.
         ridge, bias, rank: of the sequential maps, as :meth:`Calibration.solve`.
         refit_mlp: also refit the down projections from the first replaced layer on to the stream of
             the original model, in closed form; :func:`nbl.linearize` then sets them.

@@ -47,7 +47,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import nbl_kernels as nk
-from nbl_kernels.memory import Filters, filter_features
+from nbl_kernels.memory import Filters, remember
 
 from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
@@ -345,18 +345,9 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         self, x: Tensor, state: Tensor, span: MemorySpan, history: Tensor | None
     ) -> Tensor:
         """The same where linears are called, not read."""
-        filters = self.spec.filters
         f = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
-        g = self.linear_v(f).unflatten(-1, (filters.branches, -1))
-        branches, states = filter_features(
-            g, filters, own=True, state=state.clone(), mask=span.mask, starts=span.starts
-        )
-        with torch.no_grad():
-            if states.shape[1] > 0:
-                state.copy_(states[:, -1])
-            if history is not None:
-                history.copy_(states[:, states.shape[1] - history.shape[1] :])
-        c = branches.sum(dim=2).to(x.dtype)
+        tokens = {"mask": span.mask, "starts": span.starts}
+        c = remember(self.linear_v(f), self.spec.filters, state, history, **tokens).to(x.dtype)
         if self.spec.rank is not None:
             return x + self.linear_u(c)
         return x + c if self.linear_bias is None else x + c + self.linear_bias

@@ -14,7 +14,7 @@ the original stream behind its layer, z: with a the input of D,
 
 uncentered, as there is no bias; the ridge pulls to D itself. Both streams are kept for all tokens,
 one layer at a time: two hidden states per token in the model's dtype, and two forward passes of
-work whatever the number of layers.
+work (three with refitted down projections) whatever the number of layers.
 """
 
 from __future__ import annotations
