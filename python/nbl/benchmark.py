@@ -33,9 +33,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import nbl
 import nbl_kernels as nk
-from nbl.fused import sliding_window
 from nbl.models import model_type_of
 from nbl.optimization import weight_bytes
+from nbl.upstream import CACHE, sliding_window
 from nbl_kernels import machine
 
 __all__ = [
@@ -141,7 +141,7 @@ class Transformers:
     def _step(self, forward: Callable[..., Any], tokens: Tensor, cache: Any) -> Tensor:
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        out = forward(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = forward(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1:].argmax(dim=-1)
 
     def _cache(self, rows: int, length: int) -> Any:

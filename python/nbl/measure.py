@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import nbl
 from nbl.ranking import CRITERIA
+from nbl.upstream import output_cache
 
 
 def score_layers(
@@ -63,7 +64,7 @@ def kv_bytes_per_token(model) -> int:
     """Bytes of keys and values that the model's own cache holds for one token of one sequence."""
     tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        cache = model(tokens, use_cache=True).past_key_values
+        cache = output_cache(model(tokens, use_cache=True))
     held = [
         tensor
         for layer in cache.layers
