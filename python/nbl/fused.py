@@ -14,6 +14,7 @@ weights of torchao or offloaded ones), and where attention weights are asked for
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -140,7 +141,10 @@ class FusedLayer:
         del self._packs, self._read, self._blocks
 
     def _runs_fused(self, x: Tensor) -> bool:
-        if self.training or not _is_inference(x, self):
+        if self.training or not _takes_kernels(x):
+            return False
+        if _records_gradients(x, self):
+            _say_that_gradients_are_recorded()
             return False
         return self._is_intact()
 
@@ -285,7 +289,8 @@ class FusedHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // max(x.shape[-1], 1)
         few = rows <= self._MOST_ROWS and not self.training
-        if few and has_plain_weights(self) and _is_inference(x, self):
+        inference = _takes_kernels(x) and not _records_gradients(x, self)
+        if few and inference and has_plain_weights(self):
             nothing = x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
             return nk.residual_linear(x, self.weight, self.bias, residual=nothing)
         return super().forward(x)
@@ -373,15 +378,32 @@ def _kinds_like(module: nn.Module) -> tuple[type, ...]:
     return next(kinds, (type(module),))
 
 
-def _is_inference(x: Tensor, module: nn.Module) -> bool:
-    """Plain inference: no gradient is recorded, no autocast, a dtype of the kernels."""
+def _takes_kernels(x: Tensor) -> bool:
+    """No autocast, and a dtype of the kernels."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return False
-    return not torch.is_grad_enabled() or not (
+    return x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)
+
+
+def _records_gradients(x: Tensor, module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and (
         x.requires_grad or any(p.requires_grad for p in module.parameters())
     )
+
+
+_said: set[str] = set()
+
+
+def _say_that_gradients_are_recorded() -> None:
+    """Once per process: who wants speed most likely forgot to say that no gradient is needed."""
+    if not _said and not torch.compiler.is_compiling():
+        _said.add("gradients")
+        warnings.warn(
+            "an optimized model was called while gradients are recorded, which its fused kernels "
+            "do not: its layers run unfused. Call it under torch.inference_mode() or "
+            "torch.no_grad(), or train it after nbl.restore",
+            stacklevel=2,
+        )
 
 
 def _class_name(value: object) -> str:

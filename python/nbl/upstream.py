@@ -49,6 +49,7 @@ __all__ = [
     "rotation_table",
     "sliding_window",
     "take_cache",
+    "tested_range",
     "warn_untested",
 ]
 
@@ -75,8 +76,8 @@ def warn_untested() -> None:
     if not is_tested():
         warnings.warn(
             f"nbl was tested with transformers {tested_range()}, this is {transformers.__version__}"
-            ": models are checked before they are used, see `nbl doctor`",
-            stacklevel=3,
+            "; a small model is tried before one is optimized (nbl doctor tries it now)",
+            stacklevel=2,
         )
 
 
