@@ -290,7 +290,7 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             return x
         if self.spec.has_memory:
             if cache is None:
-                return self._recall(x, self.new_state(x.shape[0]), span)
+                return self._recall(x, self.new_state(x.shape[0], x.device), span)
             if not isinstance(cache, Cache):
                 raise ValueError(
                     f"layer {self.layer_idx} has a memory, whose state needs a transformers Cache, "
@@ -321,9 +321,10 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         branches = self.spec.filters.branches
         return self.spec.filters.slots, self.linear_v.out_features // branches
 
-    def new_state(self, rows: int) -> Tensor:
-        """(rows, S, r): nothing remembered."""
-        device = self.post_attention_layernorm.weight.device
+    def new_state(self, rows: int, device: torch.device | None = None) -> Tensor:
+        """(rows, S, r): nothing remembered. device: that of the layer, unless it is offloaded."""
+        if device is None:
+            device = self.post_attention_layernorm.weight.device
         return torch.zeros((rows, *self.state_shape), dtype=torch.float32, device=device)
 
     def _recall(
@@ -582,11 +583,11 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         if not has_memory(self.model):
             return inputs
         ids = inputs.get("input_ids")
-        new = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+        new = inputs["inputs_embeds"] if ids is None else ids
         if attention_mask is None:
-            inputs["memory_mask"] = torch.ones(new, dtype=torch.bool, device=self.device)
+            inputs["memory_mask"] = new.new_ones(new.shape[:2], dtype=torch.bool)
         elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            inputs["memory_mask"] = attention_mask[:, -new[1] :]
+            inputs["memory_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
 
 

@@ -25,11 +25,13 @@ from .fused import FusedHead, FusedLayer, add_linear, fuse
 from .linearization import DRAFT_ORDER
 from .models import LinearizedDecoderLayer, MemorySpan, family_of
 from .optimization import optimize
-from .quantized import QuantizedLinear, scale_of
-from .upstream import rotation_table, sliding_window
+from .plain import LINEARS, is_plain
+from .quantized import scale_of
+from .upstream import NORMS, rotation_table, sliding_window
 
 __all__ = ["Runner"]
 
+_HEADS = (*LINEARS, FusedHead)
 _SMALLEST_BUCKET = 128  # of cache slots, for CUDA graphs
 # Rows of one forward pass up to which the linears read their weights once, and a row's result does
 # not depend on the others: drafted tokens are verified in no more.
@@ -88,7 +90,7 @@ class Runner:
         family_of(model)
         cos, sin = rotation_table(model, max_length)
         head = model.lm_head
-        if type(head) not in (nn.Linear, FusedHead, QuantizedLinear):
+        if not is_plain(head, _HEADS):
             raise ValueError(f"lm_head: expected a plain nn.Linear, got {type(head).__name__}")
         weight = model.model.norm.weight
         if cuda_graphs and weight.device.type != "cuda":
@@ -345,6 +347,15 @@ class Runner:
                 raise RuntimeError(
                     f"layer {i} has hooks or adapters inside, which a Runner would leave out: "
                     "remove them, or use model.generate"
+                )
+        for name, module, kinds in (
+            ("model.norm", norm, NORMS),
+            ("lm_head", self.model.lm_head, _HEADS),
+        ):
+            if not is_plain(module, kinds):
+                raise RuntimeError(
+                    f"{name} has hooks or is no plain module any more, which a Runner would leave "
+                    "out: remove them, or use model.generate"
                 )
         if self._graphs is not None:
             self._graphs.prepare(len(batch.lengths), first, end)
