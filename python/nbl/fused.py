@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import nbl_kernels as nk
 
 from .models import LinearizedDecoderLayer, MemorySpan
-from .plain import LINEARS, has_plain_weights, is_observed, is_plain
+from .plain import LINEARS, all_are_observed, has_plain_weights, is_observed, is_plain
 from .quantized import QuantizedLinear, quantize_linears, quantized_linears, scale_of
 from .upstream import MODELING, NORMS, Cache, attend, take_cache
 
@@ -159,6 +159,8 @@ class FusedLayer:
 
     def _is_plain(self) -> bool:
         """Whether all that is read is plain (:mod:`nbl.plain`)."""
+        if all_are_observed():
+            return False
         for name, block in self._blocks:
             if self._modules.get(name) is not block or is_observed(block):
                 return False

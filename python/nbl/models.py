@@ -49,7 +49,7 @@ from nbl_kernels.memory import Filters, remember
 
 from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
-from .plain import is_plain_linear, is_plain_norm
+from .plain import all_are_observed, is_plain_linear, is_plain_norm
 from .quantized import quantized_linears, scale_of
 from .upstream import (
     CACHE,
@@ -374,7 +374,9 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
     def _is_plain(self) -> bool:
         """Whether kernels may read the weights of the map and its norm (:mod:`nbl.plain`)."""
         norm = self._modules.get("input_layernorm")
-        return all(map(is_plain_linear, self._maps())) and (norm is None or is_plain_norm(norm))
+        if all_are_observed() or not (norm is None or is_plain_norm(norm)):
+            return False
+        return all(map(is_plain_linear, self._maps()))
 
     def _norm(self) -> dict[str, Any]:
         """Arguments of the kernels: the features are normalized, or not."""

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook as all_are_observed
 
 from .quantized import QuantizedLinear
 from .upstream import NORMS, is_capturing_hook
 
-__all__ = ["LINEARS", "has_plain_weights", "is_observed", "is_plain"]
+__all__ = [
+    "LINEARS",
+    "all_are_observed",
+    "has_plain_weights",
+    "is_observed",
+    "is_plain",
+    "is_plain_linear",
+    "is_plain_norm",
+]
 
 LINEARS = (nn.Linear, QuantizedLinear)
 
@@ -40,9 +48,9 @@ def is_plain_norm(module: nn.Module) -> bool:
 def is_observed(module: nn.Module) -> bool:
     """Whether somebody relies on this module being called: its forward was replaced, or it has
     hooks. transformers' own hooks, which stay once output_hidden_states was asked for, do not
-    count; attentions are asked for by an argument."""
+    count; attentions are asked for by an argument. Hooks on all modules are asked for apart."""
     state = module.__dict__
-    if "forward" in state or state["_forward_pre_hooks"] or _has_any_global_hook():
+    if "forward" in state or state["_forward_pre_hooks"]:
         return True
     hooks = state["_forward_hooks"]
     return bool(hooks) and not all(map(is_capturing_hook, hooks.values()))
@@ -52,8 +60,8 @@ def has_plain_weights(module: nn.Module) -> bool:
     """Whether its parameters and buffers are ordinary tensors with numbers in them: not of another
     class, and not on the device meta."""
     state = module.__dict__
-    return all(
-        tensor is None or (type(tensor) in _TENSORS and tensor.device.type != "meta")
-        for tensors in (state["_parameters"], state["_buffers"])
-        for tensor in tensors.values()
-    )
+    for tensors in (state["_parameters"], state["_buffers"]):
+        for tensor in tensors.values():
+            if tensor is not None and (type(tensor) not in _TENSORS or tensor.is_meta):
+                return False
+    return True
