@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nbl import benchmark, cli, demo
+from nbl import benchmark, demo
+from nbl_cli import app as cli
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 

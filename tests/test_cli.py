@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from nbl import cli, demo, measure
-from nbl.output import new_folder, write_file, write_record
+from nbl import demo
+from nbl_cli import app as cli
+from nbl_cli.output import new_folder, write_file, write_record
+from nbl_cli.scores import disagreements
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
@@ -120,7 +122,7 @@ def process(*args, **kwargs):
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "nbl", *map(str, args)],
+        [sys.executable, "-m", "nbl_cli", *map(str, args)],
         env=environment | kwargs.pop("env", {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -181,10 +183,10 @@ def test_calibrate_and_rank(tiny, book, tmp_path):
 
 def test_rank_warns_where_criteria_disagree():
     scores = {"loss": [1, 2, 3, 4], "residual": [1, 3, 2, 4], "cca": [4, 3, 2, 1]}
-    notes = measure.disagreements(scores)
+    notes = disagreements(scores)
     assert len(notes) == 2
     assert notes[1] == "cca and loss disagree on 2 of the first 2 layers: 2, 3 by cca, 0, 1 by loss"
-    assert measure.disagreements({"residual": [1, 2, None], "cca": [1, 2, None]}) == []
+    assert disagreements({"residual": [1, 2, None], "cca": [1, 2, None]}) == []
 
 
 def test_compress_evaluates_and_saves(tiny, book, tmp_path):
@@ -507,7 +509,7 @@ def test_an_inner_error_is_one_line_with_another_exit_code(tiny, book, monkeypat
     def broken(*_):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli.nbl, "perplexity", broken)
+    monkeypatch.setattr(sys.modules["nbl"], "perplexity", broken)
     line = refusal_of("eval", tiny, "--text", book, code=1)
     assert "RuntimeError: two lines (NBL_DEBUG=1" in line
     monkeypatch.setenv("NBL_DEBUG", "1")

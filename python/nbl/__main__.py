@@ -1,5 +1,5 @@
 """`python -m nbl` is the command `nbl`."""
 
-from nbl.cli import main
+from nbl_cli.app import main
 
 main()

@@ -52,6 +52,7 @@ from nbl_kernels.memory import Filters, remember
 from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
 from .quantized import is_plain_or_quantized, quantized_linears, scale_of
+from .saving import as_published
 
 __all__ = [
     "FAMILIES",
@@ -402,7 +403,8 @@ def has_memory(base: nn.Module) -> bool:
 class NblPreTrainedMixin:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', but ValueError for a quantized model, before anything is written: no
-        checkpoint format of transformers would say what the numbers mean."""
+        checkpoint format of transformers would say what the numbers mean. The generation config is
+        saved as it is, also where transformers would rather have it changed."""
         quantized = next(quantized_linears(self), None)
         if quantized is not None:
             raise ValueError(
@@ -410,7 +412,8 @@ class NblPreTrainedMixin:
                 "cannot hold: save it before nbl.optimize(…, weights=…), or after nbl.restore, and "
                 "optimize what is loaded"
             )
-        super().save_pretrained(*args, **kwargs)
+        with as_published(self):
+            super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
