@@ -8,7 +8,7 @@ import nbl
 import torch
 import transformers
 from nbl import measure, saving
-from nbl.text import load_texts
+from nbl.text import Document, load_texts
 
 from .output import write_record
 from .streams import err
@@ -66,7 +66,7 @@ def length_limit(model) -> int:
 
 def read_texts(
     model: str, text: list[str] | None, max_tokens: int | None, demo_split: str = "calibration"
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[Document], list[str]]:
     """(documents, sources); the demo model brings its own text."""
     if not text and model != "demo":
         raise ValueError("text: expected --text with files, folders, - or dataset:NAME, got none")
