@@ -114,7 +114,7 @@ def refusal_of(*args, code=2, **kwargs):
     return lines[0]
 
 
-def process(*args, **kwargs):
+def process(*args, start=("-m", "nbl_cli"), **kwargs):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -122,7 +122,7 @@ def process(*args, **kwargs):
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "nbl_cli", *map(str, args)],
+        [sys.executable, *start, *map(str, args)],
         env=environment | kwargs.pop("env", {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -596,6 +596,94 @@ def test_json_on_stdout_and_nothing_else(tiny, book):
     assert running.returncode == 0, stderr
     assert json.loads(stdout)["perplexity"] > 1
     assert "evaluating" in stderr
+
+
+# A library that talks while it is imported, in every way that there is, and once more at the end.
+NOISE = """
+import atexit, ctypes, logging, os, sys, warnings
+
+def talk(when):
+    print("NOISE", when, "print")
+    print("NOISE", when, "stderr", file=sys.stderr)
+    print("NOISE", when, "__stdout__", file=sys.__stdout__, flush=True)
+    print("NOISE", when, "__stderr__", file=sys.__stderr__, flush=True)
+    os.write(1, b"NOISE fd 1\\n")
+    os.write(2, b"NOISE fd 2\\n")
+    ctypes.CDLL(None).puts(b"NOISE from C, which is flushed at the end")
+    warnings.warn("NOISE warning")
+    logging.getLogger("noise").warning("NOISE log")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            if os.environ.get("ABORT"):
+                os.abort()
+            talk("at import")
+            atexit.register(talk, "at exit")
+
+sys.meta_path.insert(0, Finder())
+import nbl_cli.app
+nbl_cli.app.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a C library by another name")
+def test_output_of_libraries_does_not_mix_into_ours(tiny, book, tmp_path):
+    (tmp_path / "noise.py").write_text(NOISE)
+    start = (str(tmp_path / "noise.py"),)
+    command = ("eval", tiny, "--text", book)
+
+    def run(*args, **env):
+        running = process(*command, *args, start=start, env=env)
+        return *running.communicate(timeout=120), running.returncode
+
+    stdout, stderr, code = run("--json")
+    assert code == 0 and json.loads(stdout)["perplexity"] > 1, stderr
+    assert "NOISE" not in stderr and "evaluating" in stderr
+    stdout, stderr, _ = run()
+    assert "perplexity" in stdout and "NOISE" not in stdout + stderr
+    stdout, stderr, code = run("--length", "9999")
+    assert (stdout, code) == ("", 2)
+    assert "NOISE" not in stderr and "length: expected at most 128" in stderr
+    # Nothing is lost for who looks for it, and the JSON stays alone even then.
+    stdout, stderr, code = run("--json", NBL_DEBUG="1")
+    assert code == 0 and json.loads(stdout)["perplexity"] > 1
+    for words in ("at import print", "at exit __stdout__", "fd 1", "fd 2", "from C", "warning"):
+        assert f"NOISE {words}" in stderr
+    stdout, stderr, code = run(ABORT="1")  # what C says then is hidden, but not where
+    assert code == -signal.SIGABRT and "Fatal Python error: Aborted" in stderr
+
+
+IMPORTED = """
+import sys
+import nbl_cli.app
+try:
+    nbl_cli.app.main()
+finally:
+    heavy = {"torch", "transformers", "numpy", "matplotlib", "datasets", "nbl", "nbl_kernels"}
+    with open(%r, "w") as file:
+        print(*sorted(heavy & set(sys.modules)), file=file)
+"""
+
+
+def imported_by(tmp_path, *args):
+    """Which of the large libraries a command has imported when it is done."""
+    found = tmp_path / "imported.txt"
+    running = process(*args, start=("-c", IMPORTED % str(found)))
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 0, stderr
+    return set(found.read_text().split())
+
+
+@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)])
+def test_help_imports_no_large_library(command, tmp_path):
+    assert imported_by(tmp_path, *command, "--help") == set()
+
+
+def test_a_report_imports_what_draws_it(calibrated, tmp_path):
+    pytest.importorskip("matplotlib")
+    imported = imported_by(tmp_path, "report", calibrated, "-o", tmp_path / "page.html", "--png")
+    assert imported == {"matplotlib", "numpy"}
 
 
 def test_a_refusal_is_one_line_and_nbl_debug_shows_the_traceback():

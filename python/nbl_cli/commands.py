@@ -93,7 +93,11 @@ def calibrate(
         documents, sources = models.read_texts(model, text, limit)
         plan = pipeline.Plan(features or "post-norm", None, length, batch_size, limit, remembered)
         batches = plan.batches(loaded, tokenizer, documents)
-        saving.check_space(folder, saving.moment_bytes(loaded, plan.features, plan.memory))
+        needed = saving.moment_bytes(loaded, plan.features, plan.memory)
+        saving.check_space(folder, needed)
+        if checkpoint is not None:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            saving.check_space(checkpoint, needed)
         record = models.new_record("calibrate", model, loaded)
         calibration = plan.calibrate(loaded, batches, checkpoint=checkpoint)
         scores = measure.score_layers(calibration)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from rich.console import Console
@@ -29,11 +29,8 @@ def own_streams(*, as_json: bool) -> Iterator[TextIO]:
     with contextlib.ExitStack() as stack:
         stdout, stderr = (stack.enter_context(_kept(s)) for s in (sys.stdout, sys.stderr))
         others = stderr if debugging() else _nowhere()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        stack.enter_context(_redirected(1, 2 if debugging() else others.fileno()))
-        if not debugging():
-            stack.enter_context(_redirected(2, others.fileno()))
+        for number, target in _diverted():
+            stack.enter_context(_redirected(number, target))
         stack.enter_context(contextlib.redirect_stdout(others))
         stack.enter_context(contextlib.redirect_stderr(others))
         stack.callback(_use, None, None)
@@ -42,13 +39,19 @@ def own_streams(*, as_json: bool) -> Iterator[TextIO]:
 
 
 def silence() -> None:
-    """The command is over: what libraries print while the interpreter ends is nobody's result."""
-    if debugging():
-        return
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+    """The command is over: what libraries print while the interpreter ends is no result."""
+    for number, target in _diverted():
+        os.dup2(target, number)
+
+
+def _diverted() -> Iterable[tuple[int, int]]:
+    """(file descriptor, where it shall lead)."""
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the reader is gone
             stream.flush()
-        os.dup2(_nowhere().fileno(), number)
+    if debugging():
+        return [(1, 2)]
+    return [(number, _nowhere().fileno()) for number in (1, 2)]
 
 
 def _use(stdout: TextIO | None, stderr: TextIO | None) -> None:
