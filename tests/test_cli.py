@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -384,6 +385,35 @@ def test_several_texts_after_one_option(tiny, book):
     ]
 
 
+def test_chats_go_through_the_template(tiny, book, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": TEXT[:300]}]}, {"text": TEXT[300:600]}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused = refusal_of("eval", tiny, "--text", "chat.jsonl")
+    assert "chat template for the messages at chat.jsonl:1" in refused
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    shutil.copytree(tiny, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = result_of("eval", "model", "--text", "chat.jsonl", "--length", 100)
+    contents = [
+        tokenizer(TEXT[a:b], add_special_tokens=False).input_ids for a, b in ((0, 300), (300, 600))
+    ]
+    tokens = len(contents[0]) + 1 + len(contents[1])
+    assert tokens % 100 >= 32  # so that none is left out
+    assert found["tokens"] == tokens - -(-tokens // 100)  # the first of every row is not predicted
+    chats = [
+        json.dumps({"messages": [{"role": "user", "content": f"{i} {TEXT[:200]}"}]})
+        for i in range(9)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    found = result_of(
+        "compress", "model", "--text", "chats.jsonl", "--layers", 1, "--eval", "-o", "out"
+    )
+    assert found["points"][1]["perplexity"] > 1
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.chat_template == tokenizer.chat_template
+
+
 def test_eval_and_generate_read_stdin(tiny):
     assert result_of("eval", tiny, "--text", "-", input=TEXT[:500])["tokens"] > 50
     assert (
@@ -503,6 +533,59 @@ def test_refusals_name_what_is_wrong(tiny, book, tmp_path, args, message):
     }
     assert re.search(message, refusal_of(*(places.get(arg, arg) for arg in args)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
+
+
+@pytest.fixture
+def before_the_work(monkeypatch):
+    """Nothing is calibrated: what follows must be refused before."""
+
+    def calibrate(*_, **__):
+        pytest.fail("calibrated, then refused")
+
+    monkeypatch.setattr(sys.modules["nbl"], "calibrate", calibrate)
+
+
+COMPRESS = ("compress", "TINY", "--text", "BOOK", "--layers", 1, "-o", "out")
+CALIBRATE = ("calibrate", "TINY", "--text", "BOOK", "-o", "out")
+
+
+@pytest.mark.parametrize("command", [COMPRESS, CALIBRATE, ("demo", "-o", "out")])
+def test_a_full_disk_is_found_before_the_work(
+    tiny, book, tmp_path, monkeypatch, before_the_work, command
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
+    args = [{"TINY": tiny, "BOOK": book}.get(arg, arg) for arg in command]
+    refused = refusal_of(*args)
+    assert re.search(r"output: expected [\d,]{6,} bytes free .* has 12,345", refused)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_is_found_before_the_work(
+    tiny, book, tmp_path, monkeypatch, before_the_work
+):
+    args = [{"TINY": tiny, "BOOK": book}.get(arg, arg) for arg in COMPRESS]
+    assert "rank: expected at most 32" in refusal_of(*args, "--rank", 33)
+    # The output is the first thing to be looked at: before the model, which is not there.
+    refused = refusal_of("compress", "no/model", *args[2:-1], tmp_path / "no" / "out")
+    assert "output: expected a path in an existing folder" in refused
+
+    def save_vocabulary(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_vocabulary)
+    assert "its tokenizer cannot: NotImplementedError" in refusal_of(*args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_published_generation_config_is_kept(tiny, book, tmp_path):
+    """What transformers warns about when it loads it, it may refuse to save."""
+    published = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 1]}
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
+    result_of("compress", "model", "--text", book, "--layers", 1, "-o", "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {**saved, "transformers_version": None} == {**published, "transformers_version": None}
 
 
 def test_an_inner_error_is_one_line_with_another_exit_code(tiny, book, monkeypatch):

@@ -109,15 +109,21 @@ def map_bytes(
     return layers * (weight + outputs) * model.dtype.itemsize
 
 
-def moment_bytes(model: PreTrainedModel, features: str, memory: Memory | None = None) -> int:
-    """Of the sums that a calibration of all layers saves (:func:`nbl.calibrate`), but for those of
-    a memory at the ends of texts, a few vectors for each."""
+def moment_bytes(
+    model: PreTrainedModel, features: str, memory: Memory | None = None, *, sequences: int = 1
+) -> int:
+    """Of the sums that a calibration of all layers with so many sequences saves, at most."""
     size = model.config.hidden_size
     sizes = {"block_dim": size if features == "post-norm" else 0, "device": "meta"}
     if memory is None:
-        sums = nk.CovarianceAccumulator(size, size, **sizes)
+        sums = nk.CovarianceAccumulator(size, size, **sizes).state_dict()
     else:
         filters = {"lags": memory.lags, "decays": memory.decays}
-        sums = nk.MemoryAccumulator(size, size, **filters, **sizes)
-    per_layer = sum(tensor.nbytes for tensor in sums.state_dict().values())
+        sums = nk.MemoryAccumulator(size, size, **filters, **sizes).state_dict()
+    per_layer = sum(tensor.nbytes for tensor in sums.values()) + 2 * 8  # two sums of scalars
+    if (
+        memory is not None
+    ):  # a float32 row for the end of each sequence, or a float64 matrix of many
+        width = sums["end_sums"].numel()
+        per_layer += 4 * min(sequences, width) * width + 8 * width * width * (sequences > width)
     return model.config.num_hidden_layers * per_layer

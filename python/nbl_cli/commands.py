@@ -93,7 +93,9 @@ def calibrate(
         documents, sources = models.read_texts(model, text, limit)
         plan = pipeline.Plan(features or "post-norm", None, length, batch_size, limit, remembered)
         batches = plan.batches(loaded, tokenizer, documents)
-        needed = saving.moment_bytes(loaded, plan.features, plan.memory)
+        needed = saving.moment_bytes(
+            loaded, plan.features, plan.memory, sequences=sum(map(len, batches))
+        )
         saving.check_space(folder, needed)
         if checkpoint is not None:
             checkpoint.mkdir(parents=True, exist_ok=True)
@@ -281,6 +283,10 @@ def compress(
                 "already: start from the original"
             )
         asked = parse_layers(layers, loaded.config.num_hidden_layers)
+        if rank is not None and rank > loaded.config.hidden_size:
+            raise ValueError(
+                f"rank: expected at most {loaded.config.hidden_size}, the model's width, got {rank}"
+            )
         maps = 0 if drop else asked if isinstance(asked, int) else len(asked)
         models.prepare_saving(loaded, tokenizer, folder, maps, plan.memory, rank)
         need_text = given is None or plan.criterion == "loss" or sequential

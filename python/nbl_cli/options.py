@@ -26,8 +26,8 @@ Texts = Annotated[
         "--text",
         metavar="PATH...",
         show_default="demo:calibration for the demo model",
-        help="Files, folders, - (stdin), dataset:NAME[:CONFIG][:SPLIT], "
-        "demo:train|calibration|test.",
+        help="Files (.jsonl and .parquet: rows with text or messages), folders, - (stdin), "
+        "dataset:NAME[:CONFIG][:SPLIT], demo:train|calibration|test.",
     ),
 ]
 Output = Annotated[
