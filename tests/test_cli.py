@@ -737,6 +737,21 @@ def test_output_of_libraries_does_not_mix_into_ours(tiny, book, tmp_path):
     assert code == -signal.SIGABRT and "Fatal Python error: Aborted" in stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed):
+    script = (f'"$@" {closed}', "sh", sys.executable, "-m", "nbl_cli", "report", "nowhere")
+    done = subprocess.run(
+        ["sh", "-c", *script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert ("error: dir" in done.stderr) == ("2>&-" not in closed)
+
+
 IMPORTED = """
 import sys
 import nbl_cli.app

@@ -1,4 +1,4 @@
-"""`python -m nbl` is the command `nbl`."""
+"""`python -m nbl` is the command `nbl`, but that Python imports this package, and torch, first."""
 
 from nbl_cli.app import main
 

@@ -12,7 +12,7 @@
     report    what a run measured, as one HTML file
     output    files and folders that are whole or absent
 
-The package is outside of `nbl` because importing that registers model types with transformers: the
-command line imports torch, transformers and nbl inside the commands that use them (`pipeline` and
-`models` at their top, `show` and `cases` nowhere), so that `--help` and `nbl report` need none.
+The package is outside of `nbl` because importing that registers model types with transformers. What
+needs torch, transformers or nbl is imported inside the commands that use it: `pipeline`, `models`
+and `cases` by those, `report` by the two that draw. So `--help` and `nbl report` need none of them.
 """

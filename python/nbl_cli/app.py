@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from .commands import COMMANDS
 from .output import plain
 from .show import note
-from .streams import debugging, err, own_streams, silence
+from .streams import debugging, err, open_closed, own_streams, silence
 
 
 class _Commands(TyperGroup):
@@ -129,6 +129,7 @@ for _function in COMMANDS:
 
 def main() -> None:
     """The entry point of the command `nbl`."""
+    open_closed()
     faulthandler.enable(os.dup(2))  # what a C library says when it aborts is not seen
     # A temporary folder is removed on the way out, which an unhandled signal would not go.
     for name in ("SIGTERM", "SIGHUP"):

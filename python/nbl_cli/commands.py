@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import report
 from .options import (
     CALIBRATION_TOKENS,
     LOSS_TOKENS,
@@ -515,6 +514,8 @@ def _report(
 
     Example: `nbl report nbl-demo --png`
     """
+    from . import report
+
     need_matplotlib()
     record = report.read_record(folder)
     page = output or folder / report.HTML
@@ -646,7 +647,7 @@ def demo(
     import nbl
     from nbl.text import count_tokens, load_texts
 
-    from . import models, pipeline
+    from . import models, pipeline, report
 
     start = time.perf_counter()
     with new_folder(output, overwrite=overwrite) as folder:

@@ -14,8 +14,18 @@ from typing import TextIO
 
 from rich.console import Console
 
-out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)  # results
+_on_terminal = sys.stdout is not None and sys.stdout.isatty()
+out = Console(width=None if _on_terminal else 120, highlight=False)  # results
 err = Console(stderr=True, highlight=False)  # everything else
+
+
+def open_closed() -> None:
+    """A standard stream that the caller closed leads nowhere: a file opened later would get its
+    number, and what a library prints would end up in the file."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            os.dup2(_nowhere().fileno(), number)
+            setattr(sys, name, _nowhere())
 
 
 def debugging() -> bool:
@@ -28,7 +38,7 @@ def own_streams(*, as_json: bool) -> Iterator[TextIO]:
     too, writes to stderr with `as_json`. Yields the stdout of before, for the JSON."""
     with contextlib.ExitStack() as stack:
         stdout, stderr = (stack.enter_context(_kept(s)) for s in (sys.stdout, sys.stderr))
-        others = stderr if debugging() else _nowhere()
+        others = sys.stderr if debugging() else _nowhere()
         for number, target in _diverted():
             stack.enter_context(_redirected(number, target))
         stack.enter_context(contextlib.redirect_stdout(others))
