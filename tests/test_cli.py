@@ -182,6 +182,11 @@ def test_calibrate_and_rank(tiny, book, tmp_path):
     assert set(with_loss["scores"]) == {"loss", *found["scores"]}
 
 
+def test_our_own_warnings_are_notes(tiny, book):
+    done = nbl("calibrate", tiny, "--text", f"{book}/0.txt", "-o", "cal")
+    assert done.exit_code == 0 and re.search(r"note: \d+ tokens are few for 32", done.stderr)
+
+
 def test_rank_warns_where_criteria_disagree():
     scores = {"loss": [1, 2, 3, 4], "residual": [1, 3, 2, 4], "cca": [4, 3, 2, 1]}
     notes = disagreements(scores)
