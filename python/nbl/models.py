@@ -51,6 +51,7 @@ from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
 from .plain import all_are_observed, is_plain_linear, is_plain_norm
 from .quantized import quantized_linears, scale_of
+from .saving import as_published
 from .upstream import (
     CACHE,
     Cache,
@@ -418,7 +419,8 @@ def has_memory(base: nn.Module) -> bool:
 class NblPreTrainedMixin:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', but ValueError for a quantized model, before anything is written: no
-        checkpoint format of transformers would say what the numbers mean."""
+        checkpoint format of transformers would say what the numbers mean. The generation config is
+        saved as it is, also where transformers would rather have it changed."""
         quantized = next(quantized_linears(self), None)
         if quantized is not None:
             raise ValueError(
@@ -437,7 +439,8 @@ class NblPreTrainedMixin:
                 f"has them at {list(actual)}: its layers were changed after linearizing. Cut the "
                 "original first (nbl.restore gives it back), then linearize"
             )
-        super().save_pretrained(*args, **kwargs)
+        with as_published(self):
+            super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
