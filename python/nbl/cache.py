@@ -240,7 +240,7 @@ def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec
     if specs and len(lengths) > 1:
         raise ValueError(
             f"cache: its entries have seen {sorted(lengths)} tokens, as after a crop that failed; "
-            "reset it and run the text anew"
+            "run the text anew on another one"
         )
 
 
