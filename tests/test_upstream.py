@@ -13,7 +13,9 @@ import torch
 import transformers
 from nbl import measure, selfcheck, upstream
 from nbl.upstream import CACHE, output_cache
+from nbl_cli.app import app
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from typer.testing import CliRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")
 
@@ -81,6 +83,19 @@ def test_a_version_that_goes_wrong_is_refused(tiny_model, monkeypatch):
         with pytest.raises(RuntimeError, match=r"5\.99\.1 is not .*5\.17 to 5\.24.*steps with a"):
             call(model)
     assert not any(isinstance(m, nbl.fused.FusedLayer) for m in model.modules())
+    selfcheck._differences.cache_clear()
+
+
+def test_commands_refuse_a_version_that_goes_wrong(monkeypatch, tmp_path):
+    """Before they read a text."""
+    monkeypatch.setattr(upstream, "_CACHE_NAMES", ("kv_store",))
+    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    monkeypatch.setattr(nbl, "calibrate", None)
+    selfcheck._differences.cache_clear()
+    arguments = ["compress", "demo", "--layers", "2", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and "transformers 5.99.1 is not one" in result.output
+    assert list(tmp_path.iterdir()) == []
     selfcheck._differences.cache_clear()
 
 
