@@ -24,6 +24,7 @@ from .models import (
     model_type_of,
 )
 from .quantized import quantized_linears, restore_linears
+from .upstream import share_checkpointing
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -250,9 +251,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         like = current.post_attention_layernorm.weight
         original.to(device=like.device, dtype=like.dtype)
         original.train(current.training)
-        if current.gradient_checkpointing:
-            original._gradient_checkpointing_func = current._gradient_checkpointing_func
-        original.gradient_checkpointing = current.gradient_checkpointing
+        share_checkpointing(current, original)
         layers[i] = original
     for i, weight in vars(model).pop(_ORIGINAL_DOWN, {}).items():
         linear = layers[i].mlp.down_proj
@@ -324,12 +323,19 @@ def check_no_draft(model: PreTrainedModel) -> None:
 
 
 def check_one_device(model: PreTrainedModel) -> None:
-    """ValueError for a model that accelerate spreads over devices: its hooks sit on the layers."""
+    """ValueError for a model that accelerate spreads over devices, or offloads: its hooks sit on
+    the layers."""
     places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     if len(places) > 1:
         raise ValueError(
             f"the model is spread over {sorted(places)}: linearize it on one device, save it, "
             "and load the checkpoint with a device_map"
+        )
+    elsewhere = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if elsewhere is not None:
+        raise ValueError(
+            f"{elsewhere} is offloaded: linearize the model where its weights are in memory, save "
+            "it, and offload what is loaded"
         )
 
 

@@ -42,7 +42,6 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import nbl_kernels as nk
 from nbl_kernels.memory import Filters, remember
@@ -55,11 +54,13 @@ from .saving import as_published
 from .upstream import (
     CACHE,
     Cache,
+    GradientCheckpointingLayer,
     forward_arguments,
     give_no_pages,
     new_cache,
     record_hidden_states,
     take_cache,
+    take_over,
 )
 
 __all__ = [
@@ -224,15 +225,7 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
                 self.linear = _zero_linear(size, size, spec.bias, norm)
         self.post_attention_layernorm = layer.post_attention_layernorm
         self.mlp = layer.mlp
-        self.training = layer.training
-        if layer.gradient_checkpointing:
-            self.gradient_checkpointing = True
-            self._gradient_checkpointing_func = layer._gradient_checkpointing_func
-        # A hook on a decoder layer, transformers' own for output_hidden_states among them, means
-        # the layer at this depth, whatever computes it: one set of hooks for both.
-        for name in vars(layer):
-            if "hooks" in name:
-                setattr(self, name, getattr(layer, name))
+        take_over(layer, self)
 
     @property
     def map_shapes(self) -> list[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.generation.continuous_batching import cache as paged
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -33,6 +34,7 @@ __all__ = [
     "TESTED",
     "Cache",
     "CacheLayerMixin",
+    "GradientCheckpointingLayer",
     "append_entries",
     "attend",
     "capture_once",
@@ -47,8 +49,10 @@ __all__ = [
     "output_cache",
     "record_hidden_states",
     "rotation_table",
+    "share_checkpointing",
     "sliding_window",
     "take_cache",
+    "take_over",
     "tested_range",
     "warn_untested",
 ]
@@ -267,6 +271,27 @@ def execution_device(module: nn.Module) -> torch.device:
     if device.type == "meta" and hasattr(module, "_hf_hook"):
         return torch.device(module._hf_hook.execution_device)
     return device
+
+
+# --- what a decoder layer carries with it -------------------------------------------------------
+
+
+def take_over(layer: nn.Module, replacement: nn.Module) -> None:
+    """The mode, the gradient checkpointing and the hooks of a decoder layer pass to another. Hooks
+    (transformers' own for output_hidden_states among them) mean the layer at this depth, whatever
+    computes it: one set of them for both."""
+    replacement.training = layer.training
+    share_checkpointing(layer, replacement)
+    for name in vars(layer):
+        if "hooks" in name:
+            setattr(replacement, name, getattr(layer, name))
+
+
+def share_checkpointing(layer: nn.Module, other: nn.Module) -> None:
+    """The other layer recomputes its activations as this one does, or does not."""
+    other.gradient_checkpointing = layer.gradient_checkpointing
+    if layer.gradient_checkpointing:
+        other._gradient_checkpointing_func = layer._gradient_checkpointing_func
 
 
 # --- output_hidden_states ------------------------------------------------------------------------
