@@ -82,7 +82,7 @@ def test_a_version_that_goes_wrong_is_refused(tiny_model, monkeypatch):
     for call in (nbl.optimize, lambda m: nbl.Runner(m, 1, 16)):
         with pytest.raises(RuntimeError, match=r"5\.99\.1 is not .*5\.17 to 5\.24.*steps with a"):
             call(model)
-    assert not any(isinstance(m, nbl.fused.FusedLayer) for m in model.modules())
+    assert not any(isinstance(m, nbl.layers.fused.FusedLayer) for m in model.modules())
     selfcheck._differences.cache_clear()
 
 
@@ -279,7 +279,7 @@ def test_a_model_whose_layers_were_cut_is_not_saved(kept, linearized, tmp_path):
 
 
 def test_gradients_in_an_optimized_model_are_mentioned_once(tiny_model, ids, monkeypatch):
-    monkeypatch.setattr(nbl.fused, "_said", set())
+    monkeypatch.setattr(nbl.layers.fused, "_said", set())
     model = nbl.optimize(tiny_model())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -32,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import nbl
 import nbl_kernels as nk
 from nbl.models import model_type_of
-from nbl.optimization import weight_bytes
+from nbl.optimize import weight_bytes
 from nbl.upstream import CACHE, sliding_window
 from nbl_kernels import machine
 

@@ -12,7 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import nbl
-from nbl.ranking import CRITERIA
+from nbl.calibration import CRITERIA
 from nbl.upstream import output_cache
 
 

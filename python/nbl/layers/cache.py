@@ -10,21 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .upstream import (
+from ..upstream import (
     Cache,
     CacheLayerMixin,
     append_entries,
     check_croppable,
     length_after_crop,
 )
-
-if TYPE_CHECKING:
-    from .models import LayerSpec
+from .spec import LayerSpec
 
 __all__ = ["CacheBytes", "EmptyCacheLayer", "MemoryCacheLayer", "cache_bytes", "prepare_entries"]
 
