@@ -85,7 +85,7 @@ def warn_untested() -> None:
 
 # --- the families' modules -----------------------------------------------------------------------
 
-# The model type of transformers, and what the names of its classes begin with: a family that is made
+# A model type of transformers, and what the names of its classes begin with: a family that is made
 # of the same parts is added by its row.
 FAMILY_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 MODELING = {
