@@ -38,6 +38,7 @@ import nbl
 import torch
 import transformers
 from nbl import benchmark
+from nbl_cli.cases import table
 from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -168,7 +169,7 @@ def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                 case = measure(engines, batch=batch, context=context, **settings)
                 case["absent"] |= absent
                 cases.append(case)
-                out.print(benchmark.table(case))
+                out.print(table(case))
         record = {
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "environment": machine.environment()

@@ -36,6 +36,7 @@ import nbl.demo
 import torch
 import transformers
 from nbl.models import LayerSpec
+from nbl.upstream import output_cache
 from random_model import SHAPE, random_model
 from transformers import PreTrainedModel
 
@@ -259,7 +260,7 @@ def layer_bytes(demo: Demo) -> dict[str, Any]:
 
     def cached(batch: torch.Tensor) -> nbl.CacheBytes:
         with torch.inference_mode():
-            return nbl.cache_bytes(model(batch, use_cache=True).past_key_values)
+            return nbl.cache_bytes(output_cache(model(batch, use_cache=True)))
 
     key_values = cached(tokens).keys_values // demo.layers // tokens.shape[1]
     numbers = sum(p.numel() for p in attention.parameters())

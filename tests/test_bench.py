@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nbl import benchmark, cli, demo
+from nbl import benchmark, demo
+from nbl_cli import app as cli
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -60,7 +61,7 @@ def test_the_dense_engines_say_the_same(measured):
         assert [row["first_token_agrees"] for row in case["rows"]] == [True, True, None]
 
 
-def test_the_plot_is_a_png_that_nbl_replaces(measured, tmp_path):
+def test_the_plot_is_a_png_that_nbl_replaces(measured, tmp_path, monkeypatch):
     image = measured[2]
     assert image.startswith(b"\x89PNG\r\n\x1a\n")
     path = tmp_path / "speed.png"
@@ -69,6 +70,7 @@ def test_the_plot_is_a_png_that_nbl_replaces(measured, tmp_path):
     assert bench(*QUICK, *one).exit_code == 0
     assert path.read_bytes() != image
     path.write_bytes(b"mine")
+    monkeypatch.setattr(benchmark, "sweep", None)  # refused before anything is measured
     refused = bench(*QUICK, *one)
     assert refused.exit_code == 2 and "--overwrite" in refused.stderr
     assert path.read_bytes() == b"mine"

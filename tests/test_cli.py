@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from nbl import cli, demo, measure
-from nbl.output import new_folder, write_file, write_record
+from nbl import demo
+from nbl_cli import app as cli
+from nbl_cli.output import new_folder, write_file, write_record
+from nbl_cli.scores import disagreements
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
@@ -112,7 +115,7 @@ def refusal_of(*args, code=2, **kwargs):
     return lines[0]
 
 
-def process(*args, **kwargs):
+def process(*args, start=("-m", "nbl_cli"), **kwargs):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -120,7 +123,7 @@ def process(*args, **kwargs):
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "nbl", *map(str, args)],
+        [sys.executable, *start, *map(str, args)],
         env=environment | kwargs.pop("env", {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -179,12 +182,17 @@ def test_calibrate_and_rank(tiny, book, tmp_path):
     assert set(with_loss["scores"]) == {"loss", *found["scores"]}
 
 
+def test_our_own_warnings_are_notes(tiny, book):
+    done = nbl("calibrate", tiny, "--text", f"{book}/0.txt", "-o", "cal")
+    assert done.exit_code == 0 and re.search(r"note: \d+ tokens are few for 32", done.stderr)
+
+
 def test_rank_warns_where_criteria_disagree():
     scores = {"loss": [1, 2, 3, 4], "residual": [1, 3, 2, 4], "cca": [4, 3, 2, 1]}
-    notes = measure.disagreements(scores)
+    notes = disagreements(scores)
     assert len(notes) == 2
     assert notes[1] == "cca and loss disagree on 2 of the first 2 layers: 2, 3 by cca, 0, 1 by loss"
-    assert measure.disagreements({"residual": [1, 2, None], "cca": [1, 2, None]}) == []
+    assert disagreements({"residual": [1, 2, None], "cca": [1, 2, None]}) == []
 
 
 def test_compress_evaluates_and_saves(tiny, book, tmp_path):
@@ -382,6 +390,35 @@ def test_several_texts_after_one_option(tiny, book):
     ]
 
 
+def test_chats_go_through_the_template(tiny, book, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": TEXT[:300]}]}, {"text": TEXT[300:600]}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused = refusal_of("eval", tiny, "--text", "chat.jsonl")
+    assert "chat template for the messages at chat.jsonl:1" in refused
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    shutil.copytree(tiny, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = result_of("eval", "model", "--text", "chat.jsonl", "--length", 100)
+    contents = [
+        tokenizer(TEXT[a:b], add_special_tokens=False).input_ids for a, b in ((0, 300), (300, 600))
+    ]
+    tokens = len(contents[0]) + 1 + len(contents[1])
+    assert tokens % 100 >= 32  # so that none is left out
+    assert found["tokens"] == tokens - -(-tokens // 100)  # the first of every row is not predicted
+    chats = [
+        json.dumps({"messages": [{"role": "user", "content": f"{i} {TEXT[:200]}"}]})
+        for i in range(9)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    found = result_of(
+        "compress", "model", "--text", "chats.jsonl", "--layers", 1, "--eval", "-o", "out"
+    )
+    assert found["points"][1]["perplexity"] > 1
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.chat_template == tokenizer.chat_template
+
+
 def test_eval_and_generate_read_stdin(tiny):
     assert result_of("eval", tiny, "--text", "-", input=TEXT[:500])["tokens"] > 50
     assert (
@@ -503,11 +540,64 @@ def test_refusals_name_what_is_wrong(tiny, book, tmp_path, args, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
 
 
+@pytest.fixture
+def before_the_work(monkeypatch):
+    """Nothing is calibrated: what follows must be refused before."""
+
+    def calibrate(*_, **__):
+        pytest.fail("calibrated, then refused")
+
+    monkeypatch.setattr(sys.modules["nbl"], "calibrate", calibrate)
+
+
+COMPRESS = ("compress", "TINY", "--text", "BOOK", "--layers", 1, "-o", "out")
+CALIBRATE = ("calibrate", "TINY", "--text", "BOOK", "-o", "out")
+
+
+@pytest.mark.parametrize("command", [COMPRESS, CALIBRATE, ("demo", "-o", "out")])
+def test_a_full_disk_is_found_before_the_work(
+    tiny, book, tmp_path, monkeypatch, before_the_work, command
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
+    args = [{"TINY": tiny, "BOOK": book}.get(arg, arg) for arg in command]
+    refused = refusal_of(*args)
+    assert re.search(r"output: expected [\d,]{6,} bytes free .* has 12,345", refused)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_is_found_before_the_work(
+    tiny, book, tmp_path, monkeypatch, before_the_work
+):
+    args = [{"TINY": tiny, "BOOK": book}.get(arg, arg) for arg in COMPRESS]
+    assert "rank: expected at most 32" in refusal_of(*args, "--rank", 33)
+    # The output is the first thing to be looked at: before the model, which is not there.
+    refused = refusal_of("compress", "no/model", *args[2:-1], tmp_path / "no" / "out")
+    assert "output: expected a path in an existing folder" in refused
+
+    def save_vocabulary(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_vocabulary)
+    assert "its tokenizer cannot: NotImplementedError" in refusal_of(*args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_published_generation_config_is_kept(tiny, book, tmp_path):
+    """What transformers warns about when it loads it, it may refuse to save."""
+    published = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 1]}
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
+    result_of("compress", "model", "--text", book, "--layers", 1, "-o", "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {**saved, "transformers_version": None} == {**published, "transformers_version": None}
+
+
 def test_an_inner_error_is_one_line_with_another_exit_code(tiny, book, monkeypatch):
     def broken(*_):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli.nbl, "perplexity", broken)
+    monkeypatch.setattr(sys.modules["nbl"], "perplexity", broken)
     line = refusal_of("eval", tiny, "--text", book, code=1)
     assert "RuntimeError: two lines (NBL_DEBUG=1" in line
     monkeypatch.setenv("NBL_DEBUG", "1")
@@ -594,6 +684,109 @@ def test_json_on_stdout_and_nothing_else(tiny, book):
     assert running.returncode == 0, stderr
     assert json.loads(stdout)["perplexity"] > 1
     assert "evaluating" in stderr
+
+
+# A library that talks while it is imported, in every way that there is, and once more at the end.
+NOISE = """
+import atexit, ctypes, logging, os, sys, warnings
+
+def talk(when):
+    print("NOISE", when, "print")
+    print("NOISE", when, "stderr", file=sys.stderr)
+    print("NOISE", when, "__stdout__", file=sys.__stdout__, flush=True)
+    print("NOISE", when, "__stderr__", file=sys.__stderr__, flush=True)
+    os.write(1, b"NOISE fd 1\\n")
+    os.write(2, b"NOISE fd 2\\n")
+    ctypes.CDLL(None).puts(b"NOISE from C, which is flushed at the end")
+    warnings.warn("NOISE warning")
+    logging.getLogger("noise").warning("NOISE log")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            if os.environ.get("ABORT"):
+                os.abort()
+            talk("at import")
+            atexit.register(talk, "at exit")
+
+sys.meta_path.insert(0, Finder())
+import nbl_cli.app
+nbl_cli.app.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a C library by another name")
+def test_output_of_libraries_does_not_mix_into_ours(tiny, book, tmp_path):
+    (tmp_path / "noise.py").write_text(NOISE)
+    start = (str(tmp_path / "noise.py"),)
+    command = ("eval", tiny, "--text", book)
+
+    def run(*args, **env):
+        running = process(*command, *args, start=start, env=env)
+        return *running.communicate(timeout=120), running.returncode
+
+    stdout, stderr, code = run("--json")
+    assert code == 0 and json.loads(stdout)["perplexity"] > 1, stderr
+    assert "NOISE" not in stderr and "evaluating" in stderr
+    stdout, stderr, _ = run()
+    assert "perplexity" in stdout and "NOISE" not in stdout + stderr
+    stdout, stderr, code = run("--length", "9999")
+    assert (stdout, code) == ("", 2)
+    assert "NOISE" not in stderr and "length: expected at most 128" in stderr
+    # Nothing is lost for who looks for it, and the JSON stays alone even then.
+    stdout, stderr, code = run("--json", NBL_DEBUG="1")
+    assert code == 0 and json.loads(stdout)["perplexity"] > 1
+    for words in ("at import print", "at exit __stdout__", "fd 1", "fd 2", "from C", "warning"):
+        assert f"NOISE {words}" in stderr
+    stdout, stderr, code = run(ABORT="1")  # what C says then is hidden, but not where
+    assert code == -signal.SIGABRT and "Fatal Python error: Aborted" in stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed):
+    script = (f'"$@" {closed}', "sh", sys.executable, "-m", "nbl_cli", "report", "nowhere")
+    done = subprocess.run(
+        ["sh", "-c", *script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert ("error: dir" in done.stderr) == ("2>&-" not in closed)
+
+
+IMPORTED = """
+import sys
+import nbl_cli.app
+try:
+    nbl_cli.app.main()
+finally:
+    heavy = {"torch", "transformers", "numpy", "matplotlib", "datasets", "nbl", "nbl_kernels"}
+    with open(%r, "w") as file:
+        print(*sorted(heavy & set(sys.modules)), file=file)
+"""
+
+
+def imported_by(tmp_path, *args):
+    """Which of the large libraries a command has imported when it is done."""
+    found = tmp_path / "imported.txt"
+    running = process(*args, start=("-c", IMPORTED % str(found)))
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 0, stderr
+    return set(found.read_text().split())
+
+
+@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)])
+def test_help_imports_no_large_library(command, tmp_path):
+    assert imported_by(tmp_path, *command, "--help") == set()
+
+
+def test_a_report_imports_what_draws_it(calibrated, tmp_path):
+    pytest.importorskip("matplotlib")
+    imported = imported_by(tmp_path, "report", calibrated, "-o", tmp_path / "page.html", "--png")
+    assert imported == {"matplotlib", "numpy"}
 
 
 def test_a_refusal_is_one_line_and_nbl_debug_shows_the_traceback():

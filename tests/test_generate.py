@@ -9,6 +9,7 @@ import nbl
 import pytest
 import torch
 from nbl.models import EmptyCacheLayer
+from nbl.upstream import CACHE, output_cache
 from tolerance import assert_rounding_only, exact_copy
 from transformers import Cache, DynamicCache, StaticCache
 
@@ -139,8 +140,8 @@ def test_continuing_from_a_cache(cache_kind, layers, linearized, tiny_model, pro
     expected = model(prompt, use_cache=False).logits
     parts, start = [], 0
     for end in (4, 5, 9):
-        out = model(prompt[:, start:end], past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, end
+        out = model(prompt[:, start:end], **{CACHE: cache}, use_cache=True)
+        cache, start = output_cache(out), end
         parts.append(out.logits)
         assert int(cache.get_seq_length()) == end
     exact = exact_copy(model)(prompt, use_cache=False).logits
@@ -149,7 +150,7 @@ def test_continuing_from_a_cache(cache_kind, layers, linearized, tiny_model, pro
     assert [i for i, size in enumerate(sizes) if size == 0] == layers
     # and generate goes on from there
     longer = torch.cat([prompt, prompt[:, :2]], dim=-1)
-    assert torch.equal(generate(model, longer, past_key_values=cache), greedy(model, longer))
+    assert torch.equal(generate(model, longer, **{CACHE: cache}), greedy(model, longer))
 
 
 @torch.no_grad()
@@ -157,13 +158,13 @@ def test_generate_with_the_users_cache(layers, linearized, prompt):
     model = linearized(layers)
     expected = greedy(model, prompt)
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=40)):
-        assert torch.equal(generate(model, prompt, past_key_values=cache), expected)
+        assert torch.equal(generate(model, prompt, **{CACHE: cache}), expected)
         assert int(cache.get_seq_length()) == prompt.shape[1] + NEW - 1
     cache = DynamicCache(config=model.config)
-    model(prompt[:, :5], past_key_values=cache)
+    model(prompt[:, :5], **{CACHE: cache})
     saved = copy.deepcopy(cache)  # a stored prefix, used twice
     for prefix in (cache, saved):
-        assert torch.equal(generate(model, prompt, past_key_values=prefix), expected)
+        assert torch.equal(generate(model, prompt, **{CACHE: prefix}), expected)
 
 
 @torch.no_grad()
@@ -198,7 +199,7 @@ def test_full_attention_after_sliding(chosen, linearized, prompt):
 @torch.no_grad()
 def test_kv_bytes(family, layers, linearized, tiny_model, prompt):
     def cache_of(model):
-        return model(prompt, use_cache=True).past_key_values
+        return output_cache(model(prompt, use_cache=True))
 
     dense = cached_bytes(cache_of(tiny_model(family)))
     cache = cache_of(linearized(layers, family))
@@ -222,46 +223,46 @@ def test_cache_operations(layers, linearized, prompts):
     model = linearized(layers)
     ids = prompts["input_ids"][:1].repeat(2, 1)
     expected, exact = (m(ids, use_cache=False).logits[:, -1] for m in (model, exact_copy(model)))
-    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache = output_cache(model(ids[:, :8], use_cache=True))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.crop(-3)
     assert cache.get_seq_length() == 5
-    out = model(ids[:, 5:], past_key_values=cache)
+    out = model(ids[:, 5:], **{CACHE: cache})
     assert_rounding_only(out.logits[:, -1], expected, exact)
     list(cache)
     static = StaticCache(config=model.config, max_cache_len=16)
     for _ in range(2):
-        out = model(ids, past_key_values=static)
+        out = model(ids, **{CACHE: static})
         assert_rounding_only(out.logits[:, -1], expected, exact)
         static.reset()
         assert int(static.get_seq_length()) == 0
 
 
 def test_an_offloading_cache_fetches_the_next_keys(linearized, prompt):
-    cache = linearized([0, 2])(prompt, use_cache=True).past_key_values
+    cache = output_cache(linearized([0, 2])(prompt, use_cache=True))
     fetched = []
     for i in (1, 3):
         cache.layers[i].prefetch = lambda i=i: fetched.append(i)
     cache.layers[2].prefetch()
     cache.layers[0].prefetch()
     assert fetched == [3, 1]
-    linearized(ALL)(prompt, use_cache=True).past_key_values.layers[1].prefetch()  # nothing to fetch
+    output_cache(linearized(ALL)(prompt, use_cache=True)).layers[1].prefetch()  # nothing to fetch
 
 
 @torch.no_grad()
 def test_cache_between_models(linearized, tiny_model, prompt):
     """A cache filled by the stock model goes on in the linearized one, not the other way round."""
     stock, model = tiny_model(), linearized([0, 2])
-    cache = stock(prompt[:, :8], use_cache=True).past_key_values
-    out = model(prompt[:, 8:], past_key_values=cache)
+    cache = output_cache(stock(prompt[:, :8], use_cache=True))
+    out = model(prompt[:, 8:], **{CACHE: cache})
     assert cache.get_seq_length() == 9 and out.logits.isfinite().all()
     with pytest.raises(ValueError, match="layer 0 is linearized"):
-        stock(prompt[:, 8:], past_key_values=cache)
+        stock(prompt[:, 8:], **{CACHE: cache})
     everywhere = linearized(ALL)
-    cache = stock(prompt[:, :8], use_cache=True).past_key_values
-    everywhere(prompt[:, 8:], past_key_values=cache)
+    cache = output_cache(stock(prompt[:, :8], use_cache=True))
+    everywhere(prompt[:, 8:], **{CACHE: cache})
     assert cache.get_seq_length() == 9 and sum(cached_bytes(cache)) == 0
 
 
@@ -280,7 +281,7 @@ def test_compiled_decode_step(linearized, prompt):
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = torch.compile(model, backend="eager", fullgraph=True)
     for i in range(prompt.shape[1]):
-        out = step(prompt[:, i : i + 1], past_key_values=cache)
+        out = step(prompt[:, i : i + 1], **{CACHE: cache})
     models = (model, exact_copy(model))
     assert_rounding_only(out.logits, *(m(prompt, use_cache=False).logits[:, -1:] for m in models))
 

@@ -14,6 +14,7 @@ import torch
 from nbl.cache import MOST_ROLLED_BACK, MemoryCacheLayer
 from nbl.models import layer_specs
 from nbl.runner import _Graphs
+from nbl.upstream import CACHE, output_cache
 from tolerance import assert_rounding_only, exact_copy
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -326,7 +327,7 @@ def test_restore_and_draw_again(remembering, tiny_model, token_batches, ids):
 def filled(model, ids, sizes):
     cache = DynamicCache()
     for part in ids.split(sizes, dim=1):
-        model(part, past_key_values=cache, use_cache=True)
+        model(part, **{CACHE: cache}, use_cache=True)
     return cache
 
 
@@ -363,7 +364,7 @@ def test_rolled_back_tokens_leave_no_trace(sizes, removed, remembering, ids):
             assert torch.equal(a, b)
     cache.crop(-2)  # once more, and on
     kept = 21 - removed - 2
-    logits = model(ids[:, kept:], past_key_values=cache).logits
+    logits = model(ids[:, kept:], **{CACHE: cache}).logits
     exact = exact_copy(model)(ids, use_cache=False).logits[:, kept:]
     assert_rounding_only(logits, model(ids, use_cache=False).logits[:, kept:], exact)
 
@@ -382,22 +383,22 @@ def test_what_cannot_be_rolled_back_is_refused(remembering, token_batches):
     cache = filled(model, ids, [60])
     cache.crop(-60)  # all of it: begins anew
     expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
+    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, expected)
     other = copy.deepcopy(cache)
     other.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ValueError, match=r"layer 0: expected a state of shape \(2, "):
-        model(ids, past_key_values=other)
+        model(ids, **{CACHE: other})
 
 
 @torch.no_grad()
 def test_bytes(remembering, ids):
     model = remembering([0, 2])
-    cache = model(ids, use_cache=True).past_key_values
+    cache = output_cache(model(ids, use_cache=True))
     size = nbl.cache_bytes(cache)
     assert size.keys_values == 2 * 2 * 3 * 2 * 21 * 8 * 4
     assert size.state == 2 * 3 * (3 * 6) * 4 * (1 + MOST_ROLLED_BACK + 1)
     assert size.total == size.keys_values + size.state
-    longer = model(ids.repeat(1, 2), use_cache=True).past_key_values
+    longer = output_cache(model(ids.repeat(1, 2), use_cache=True))
     assert nbl.cache_bytes(longer).state == size.state
 
 
@@ -576,8 +577,8 @@ def test_adapters_on_the_maps_take_part(kind, optimized, remembering, tiny_model
         expected = merged(ids, use_cache=False).logits
         logits = model(ids, use_cache=False).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        cache = model(ids[:, :7], use_cache=True).past_key_values
-        last = model(ids[:, 7:], past_key_values=cache).logits
+        cache = output_cache(model(ids[:, :7], use_cache=True))
+        last = model(ids[:, 7:], **{CACHE: cache}).logits
         torch.testing.assert_close(last, expected[:, 7:], rtol=1e-4, atol=1e-4)
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert model.model.layers[2].mlp.down_proj.weight.grad is not None

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from nbl.fused import FusedHead, FusedLayer
+from nbl.upstream import CACHE
 from tolerance import exact_copy, max_error
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -104,7 +105,7 @@ def test_logits_differ_by_rounding(family, dtype, mix, build, token_batches):
     def stepwise(model):  # few rows: other products than those of many
         cache, parts = DynamicCache(config=model.config), []
         for start in range(0, 32):
-            out = model(ids[:, start : start + 1], past_key_values=cache)
+            out = model(ids[:, start : start + 1], **{CACHE: cache})
             parts.append(out.logits)
         return torch.cat(parts, dim=1)
 
@@ -378,7 +379,7 @@ def test_compiles_without_graph_breaks(family, build, ids):
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = torch.compile(model, backend="eager", fullgraph=True)
     for i in range(ids.shape[1]):
-        out = step(ids[:, i : i + 1], past_key_values=cache)
+        out = step(ids[:, i : i + 1], **{CACHE: cache})
     assert_rounding_only(out.logits, expected[:, -1:], exact_copy(model)(ids).logits[:, -1:])
     torch._dynamo.reset()
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from nbl.fused import FusedLayer
 from nbl.quantized import QuantizedLinear
+from nbl.upstream import CACHE
 from tolerance import assert_rounding_only, exact_copy
 from torch import nn
 from transformers import DynamicCache
@@ -96,7 +97,7 @@ def test_logits_are_those_of_the_rounded_weights(family, mix, dtype, weights, bu
     assert_rounding_only(model(ids).logits, plain(ids).logits, expected)
     parts, cache = [], DynamicCache(config=model.config)
     for i in range(ids.shape[1]):
-        parts.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        parts.append(model(ids[:, i : i + 1], **{CACHE: cache}).logits)
     assert_rounding_only(torch.cat(parts, 1), plain(ids).logits, expected)
     assert nbl.linearized_layers(model) == sorted(MIXES[mix][0] + MIXES[mix][1])
 

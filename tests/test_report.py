@@ -1,4 +1,4 @@
-"""nbl.report: self-contained, valid, readable without some or all of the record's parts."""
+"""The report: self-contained, valid, readable without some or all of the record's parts."""
 
 import base64
 import copy
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from nbl import report
+from nbl_cli import report
 
 VOID = {"meta", "source", "img", "br"}
 DENSE = {

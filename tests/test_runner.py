@@ -12,6 +12,7 @@ import torch
 from flashinfer_double import PagedAttention
 from nbl.attention import load_flashinfer
 from nbl.runner import _Graphs, _Sampler
+from nbl.upstream import CACHE
 from tolerance import assert_rounding_only, exact_copy, max_error
 from transformers import DynamicCache
 
@@ -157,7 +158,7 @@ def test_logits_differ_by_rounding(family, dtype, static, build, token_batches, 
     exact = copy.deepcopy(model).double()(ids).logits
     cache, plain = DynamicCache(config=model.config), []
     for i in range(ids.shape[1]):
-        plain.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        plain.append(model(ids[:, i : i + 1], **{CACHE: cache}).logits)
     plain = torch.cat(plain, dim=1)
     at_once = model(ids).logits
     runner = nbl.Runner(model, 16, 40)

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from nbl.text import count_tokens, load_texts, split_documents, token_batches
+from nbl.text import Chat, count_tokens, load_texts, split_documents, token_batches
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 
 class ByteTokenizer:
@@ -17,6 +19,28 @@ class ByteTokenizer:
 
     def __call__(self, text, **_):
         return {"input_ids": [byte + 3 for byte in text.encode()]}
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'oracle' %}"
+    "{{ raise_exception('no oracles') }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+HI = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]
+
+
+def chat_tokenizer(**kwargs):
+    """A real tokenizer of bytes with <s> = 0, </s> = 1, <|user|> = 2, <|bot|> = 3; it adds <s>
+    itself when it is not told otherwise."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<|user|>", "<|bot|>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **kwargs
+    )
 
 
 def write(path, data):
@@ -56,6 +80,26 @@ def test_files_stdin_and_the_order_of_sources(tmp_path, monkeypatch):
         ("rows.jsonl", b'{"text": "a"}\n{"text": 1}', 'string "text" at .*rows.jsonl:2'),
         ("list.jsonl", b'["text"]', "list.jsonl:1"),
         ("broken.jsonl", b'{"text": ', "expected JSON at .*broken.jsonl:1"),
+        ("none.jsonl", b'{"messages": []}', '"messages".* at .*none.jsonl:1, got an empty list'),
+        ("dict.jsonl", b'{"messages": {"role": "user"}}', "at .*dict.jsonl:1, got dict"),
+        (
+            "role.jsonl",
+            b'{"text": "a"}\n{"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}',
+            r'"role" and "content".* messages\[1\] at .*role.jsonl:2, got .*b',
+        ),
+        (
+            "parts.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}',
+            r"messages\[0\] at .*parts.jsonl:1",
+        ),
+        ("string.jsonl", b'{"messages": ["hi"]}', r"messages\[0\] at .*string.jsonl:1, got 'hi'"),
+        ("null.jsonl", b'{"messages": null}', "at .*null.jsonl:1"),
+        (
+            "halfchat.jsonl",
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            "halfchat.jsonl:1, got half of a surrogate",
+        ),
+        ("deep.jsonl", b"[" * 100_000, "expected JSON at .*deep.jsonl:1"),
         ("half.jsonl", b'{"text": "\\ud800"}', "surrogate"),
         ("fake.gz", b"plain", "expected gzip data in .*fake.gz"),
         ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "expected gzip data in .*cut.txt.gz"),
@@ -92,6 +136,86 @@ def test_a_local_dataset(tmp_path):
     write(tmp_path / "other" / "train.jsonl", '{"words": "one"}\n')
     with pytest.raises(ValueError, match=r'could not load.*column "text".*words'):
         load_texts([f"dataset:{tmp_path / 'other'}"])
+
+
+def test_chats_and_texts_in_one_file(tmp_path):
+    rows = [{"messages": HI}, {"text": "plain"}, {"messages": HI, "text": "ignored"}]
+    data = "\n".join(map(json.dumps, rows))
+    path = write(tmp_path / "chat.jsonl", data)
+    expected = [Chat(HI, f"{path}:1"), "plain", Chat(HI, f"{path}:3")]
+    assert load_texts([path]) == expected
+    packed = write(tmp_path / "folder" / "chat.jsonl.gz", gzip.compress(data.encode()))
+    assert [str(document) for document in load_texts([packed.parent])] == [
+        "hi\nyo",
+        "plain",
+        "hi\nyo",
+    ]
+    blank = write(tmp_path / "blank.jsonl", '{"messages": [{"role": "user", "content": " "}]}')
+    with pytest.raises(ValueError, match="holds none"):
+        load_texts([blank])
+
+
+def test_a_chat_is_what_its_template_makes_of_it_and_nothing_else():
+    tokenizer = chat_tokenizer(chat_template=CHATML)
+    hi, yo, bye = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("hi", "yo", "bye"))
+    assert len(hi) == len(yo) == 2
+    chat = [0, 2, *hi, 1, 3, *yo, 1]
+    assert chat == tokenizer.apply_chat_template(HI, tokenize=True, return_dict=False)
+    documents = [Chat(HI, "a:1"), Chat(HI, "a:2"), "bye", "bye", Chat(HI, "a:3")]
+    (batch,) = token_batches(tokenizer, documents, length=100, batch_size=1)
+    # No bos before a chat, which has its own; no second eos after one, which ends with it.
+    assert batch[0].tolist() == [*chat, *chat, *bye, 1, *bye, *chat]
+    (batch,) = token_batches(tokenizer, ["bye", documents[0]], length=100, batch_size=1)
+    assert batch[0].tolist() == [0, *bye, *chat]
+    first = token_batches(tokenizer, documents, length=4, batch_size=1, max_tokens=4)
+    assert [batch.tolist() for batch in first] == [[chat[:4]]]
+
+
+def test_a_chat_that_cannot_be_rendered_is_named():
+    chat = Chat(HI, "chat.jsonl:7")
+    with pytest.raises(ValueError, match=r"chat template for the messages at chat.jsonl:7"):
+        token_batches(chat_tokenizer(), [chat], length=8, batch_size=1)
+    tokenizer = chat_tokenizer(chat_template=CHATML)
+    oracle = Chat([{"role": "oracle", "content": "so"}], "chat.jsonl:8")
+    with pytest.raises(ValueError, match=r"takes at chat.jsonl:8, got: no oracles"):
+        token_batches(tokenizer, [oracle], length=8, batch_size=1)
+    broken = chat_tokenizer(chat_template="{% for")
+    with pytest.raises(ValueError, match=r"takes at chat.jsonl:7"):
+        token_batches(broken, [chat], length=8, batch_size=1)
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "a [1]*"  # no pattern, but a name
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["one", "two", "three"]}).to_parquet(folder / "b.parquet")
+    datasets.Dataset.from_list([{"messages": HI}]).to_parquet(folder / "c.parquet")
+    chat = Chat(HI, f"{folder / 'c.parquet'}:1")
+    assert load_texts([folder]) == ["one", "two", "three", chat]
+    assert load_texts([folder / "b.parquet"], max_chars=4) == ["one", "two"]
+    datasets.Dataset.from_dict({"words": ["one"]}).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r'd.parquet.*column "text".*"messages", got words'):
+        load_texts([tmp_path / "d.parquet"])
+    datasets.Dataset.from_dict({"messages": [["hi"]]}).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"messages\[0\] at .*e.parquet:1, got 'hi'"):
+        load_texts([tmp_path / "e.parquet"])
+    with pytest.raises(ValueError, match=r"could not load .*f.parquet"):
+        load_texts([write(tmp_path / "f.parquet", b"PAR1 no parquet")])
+
+
+def test_parquet_needs_a_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"a.parquet.*pip install datasets"):
+        load_texts([write(tmp_path / "a.parquet", b"PAR1")])
+
+
+def test_chats_are_held_out_by_what_they_say():
+    chats = [Chat([{"role": "user", "content": str(i)}], f"a:{i}") for i in range(300)]
+    kept, out = split_documents([*chats, "text"], 0.1)
+    assert 15 <= len(out) <= 45 and len(kept) + len(out) == 301
+    moved = [Chat(chat.messages, "elsewhere") for chat in chats]
+    said = {str(chat) for chat in split_documents(moved, 0.1)[1]}
+    assert said == {str(document) for document in out} - {"text"}
 
 
 def test_splitting_depends_on_the_text_alone():

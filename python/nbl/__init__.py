@@ -23,6 +23,7 @@ from .models import linearized_layers
 from .optimization import optimize, weight_bytes
 from .ranking import LayerScore
 from .runner import Runner
+from .upstream import warn_untested
 
 __all__ = [
     "CacheBytes",
@@ -45,3 +46,5 @@ __all__ = [
     "restore",
     "weight_bytes",
 ]
+
+warn_untested()

@@ -1,5 +1,5 @@
-"""`python -m nbl` is the command `nbl`."""
+"""`python -m nbl` is the command `nbl`, but that Python imports this package, and torch, first."""
 
-from nbl.cli import main
+from nbl_cli.app import main
 
 main()

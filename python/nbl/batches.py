@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .upstream import execution_device
+
 __all__ = ["Batch", "count_tokens", "read_batches"]
 
 
@@ -52,7 +54,7 @@ def read_batches(batches: Iterable[Any], model: PreTrainedModel) -> Iterator[Bat
             f"batches: expected an iterable of token batches, got {type(batches).__name__}"
         )
     vocab_size = model.config.vocab_size
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     number = -1
     for number, item in enumerate(batches):
         yield _checked(item, f"batch {number}", vocab_size, device)

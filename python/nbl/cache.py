@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .upstream import (
+    Cache,
+    CacheLayerMixin,
+    append_entries,
+    check_croppable,
+    length_after_crop,
+)
 
 if TYPE_CHECKING:
     from .models import LayerSpec
@@ -85,10 +92,15 @@ class EmptyCacheLayer(CacheLayerMixin):
             following.prefetch()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:  # transformers 5.17 still takes the length to keep
-            self.count = min(self.count, tokens_to_remove)
-        else:
-            self.count = max(self.count + tokens_to_remove, 0)
+        """As the entries with keys understand it; where one of them cannot, it is said here, before
+        anything is removed."""
+        self.count = self._length_after(tokens_to_remove)
+
+    def _length_after(self, tokens_to_remove: int) -> int:
+        for entry in self.entries:
+            if not isinstance(entry, EmptyCacheLayer):
+                check_croppable(entry)
+        return length_after_crop(self.count, tokens_to_remove)
 
     def reset(self) -> None:
         self.count = 0
@@ -162,16 +174,15 @@ class MemoryCacheLayer(EmptyCacheLayer):
         self.depth = min(self.depth + tokens, MOST_ROLLED_BACK)
 
     def crop(self, tokens_to_remove: int) -> None:
-        before = self.count
-        super().crop(tokens_to_remove)
-        removed = before - self.count
+        length = self._length_after(tokens_to_remove)
+        removed, self.count = self.count - length, length
         if removed == 0 or self.state is None:
             return
-        if self.count == 0:
+        if length == 0:
             self._forget()
             return
         if removed > self.depth:
-            self.count = before
+            self.count += removed
             raise ValueError(
                 f"layer {self.index} has a memory, of which {self.depth} tokens can be taken back "
                 f"(at most {MOST_ROLLED_BACK}), got {removed} to remove: run the text anew, or "
@@ -211,17 +222,26 @@ def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec
 
     A cache that attention layers filled before their linearization loses those keys, and a memory
     knows nothing of them; the number of tokens stays what it was.
+
+    ValueError where the entries have seen different numbers of tokens: a crop that one of them
+    refused has left the others shorter.
     """
+    append_entries(cache, num_layers)
     entries = cache.layers
-    # DynamicCache() appends entries when they are first written to: the linearized ones never would
-    # be.
-    while len(entries) < num_layers and cache.layer_class_to_replicate is not None:
-        entries.append(cache.layer_class_to_replicate())
     for i, spec in specs.items():
         entry, kind = entries[i], MemoryCacheLayer if spec.has_memory else EmptyCacheLayer
         if type(entry) is not kind:
             count = entry.get_seq_length() if isinstance(entry, CacheLayerMixin) else 0
             entries[i] = kind(entries, i, int(count))
+    if torch.compiler.is_compiling():
+        return
+    lengths = {entry.count for entry in entries if isinstance(entry, EmptyCacheLayer)}
+    lengths |= {n for n in (cache.get_seq_length(),) if isinstance(n, int)}  # a static one's is not
+    if specs and len(lengths) > 1:
+        raise ValueError(
+            f"cache: its entries have seen {sorted(lengths)} tokens, as after a crop that failed; "
+            "reset it and run the text anew"
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 import nbl_kernels as nk
@@ -37,6 +38,7 @@ from .memory import Memory, MemoryMap
 from .models import family_of, linearized_layers, model_type_of
 from .ranking import LayerScore, rank_layers
 from .sequential import calibrate_sequentially
+from .upstream import execution_device
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -540,7 +542,7 @@ def calibrate(
         layers=layers,
         fingerprint=fingerprint(model),
         memory=memory,
-        device={i: decoder[i].input_layernorm.weight.device for i in layers},
+        device={i: execution_device(decoder[i].input_layernorm) for i in layers},
     )
     if sequential:
         options = {"ridge": ridge, "bias": bias, "rank": rank}
@@ -644,12 +646,24 @@ def fingerprint(model: PreTrainedModel) -> str:
         json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16
     )
     for name, tensor in model.model.state_dict().items():
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // 256)
-        sample = flat[::step][:256].to("cpu")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        for plain in _plain_tensors(tensor.detach()):
+            flat = plain.flatten()
+            step = max(1, flat.numel() // 256)
+            sample = flat[::step][:256].to("cpu")
+            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Those that hold the numbers of one: itself, what a tensor of torchao's is made of, or none
+    where accelerate keeps them on the disk."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain_tensors(getattr(tensor, name))
+    elif tensor.device.type != "meta":
+        yield tensor
 
 
 def _observe(

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 import nbl
+from nbl import selfcheck, upstream
 
 OPTIONAL = {
     "matplotlib": "nbl report, plots of nbl bench",
@@ -193,18 +194,20 @@ def _compare(op: Callable, reference: Callable, arguments: list[torch.Tensor]) -
 def _environment() -> Iterator[Finding]:
     found = versions()
     yield Finding("ok", "python", found["python"])
-    for name, oldest in (("torch", (2, 10)), ("transformers", (5, 17))):
-        version = found[name]
-        if version is None:
-            yield Finding("problem", name, "not installed")
-            continue
-        number = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-        wanted = ".".join(map(str, oldest))
-        yield (
-            Finding("ok", name, version)
-            if number >= oldest
-            else Finding("problem", name, f"expected {wanted} or newer, got {version}")
+    yield Finding("ok", "torch", found["torch"])
+    yield (
+        Finding("ok", "transformers", found["transformers"])
+        if upstream.is_tested()
+        else Finding(
+            "note", "transformers", f"{found['transformers']}, tested {upstream.tested_range()}"
         )
+    )
+    wrong = selfcheck.differences()
+    yield Finding(
+        "problem" if wrong else "ok",
+        "nbl with transformers",
+        "; ".join(wrong) or "a small model's cached steps, generate and fused layers agree",
+    )
     yield Finding(
         "ok",
         "processor",

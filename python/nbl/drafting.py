@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 import nbl_kernels as nk
 
 from .fused import FusedLayer, fuse
 from .linearization import DRAFT_ORDER, check_no_draft, linear_layers
 from .models import config_entry, family_of, layer_specs
+from .upstream import capture_once
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -104,9 +104,7 @@ def draft_model(
     with torch.device("meta"):
         draft = family.nbl_causal_lm(config)
     draft.generation_config = copy.deepcopy(model.generation_config)
-    # transformers hooks the layers once per model, for output_hidden_states. These are in two.
-    maybe_install_capturing_hooks(model.model)
-    draft.model._output_capturing_hooks_installed = True
+    capture_once(model.model, draft.model)
     draft.model.embed_tokens = model.model.embed_tokens
     for i, layer in enumerate(model.model.layers):
         if i in own:

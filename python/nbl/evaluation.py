@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .batches import read_batches
 from .models import memory_arguments
+from .upstream import execution_device
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -65,7 +66,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
             hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
             rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
             for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
-                logits = head(h.to(head.weight.device)).float()
+                logits = head(h.to(execution_device(head))).float()
                 nll = F.cross_entropy(logits, label.to(logits.device), reduction="none")
                 total += nll.double().sum().cpu()
             tokens += labels.numel()

@@ -8,33 +8,25 @@ mean what they always meant. Its linears are plain ones, or quantized (:mod:`nbl
 
 The kernels run where that means the same as transformers' code, and that code runs (on the same
 weights) everywhere else: in training mode, where autograd records, under autocast, where a module
-inside the layer carries hooks (calibration does) or was replaced (by a LoRA layer, say), and where
-attention weights are asked for.
+inside the layer is no longer a plain one (:mod:`nbl.plain`: calibration's hooks, a LoRA layer,
+weights of torchao or offloaded ones), and where attention weights are asked for.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 import nbl_kernels as nk
 
 from .models import LinearizedDecoderLayer, MemorySpan
-from .quantized import (
-    QuantizedLinear,
-    is_plain_or_quantized,
-    quantize_linears,
-    quantized_linears,
-    scale_of,
-)
+from .plain import LINEARS, all_are_observed, has_plain_weights, is_observed, is_plain
+from .quantized import QuantizedLinear, quantize_linears, quantized_linears, scale_of
+from .upstream import MODELING, NORMS, Cache, attend, take_cache
 
 __all__ = ["FusedHead", "FusedLayer", "add_linear", "check_fusible", "fuse", "unfuse"]
 
@@ -121,37 +113,58 @@ class FusedLayer:
     """What fused layers share: when to run fused, the MLP, and following the model around."""
 
     _packs: tuple[Packed, ...]  # gate with up; before it q with k with v, where there is attention
-    _inside: tuple[nn.Module, ...]  # the modules that a fused forward does not call
+    # What a fused forward reads instead of calling: modules by the dict that holds them and their
+    # name. Those with weights may be exchanged for others of their kinds; the blocks may not, as
+    # the packs are theirs.
+    _read: tuple[tuple[dict[str, nn.Module], str, tuple[type, ...]], ...]
+    _blocks: tuple[tuple[str, nn.Module], ...]
 
     def _setup(self) -> None:
-        mlp = self.mlp
-        packs = (Packed(mlp, ("gate_proj", "up_proj")),)
-        attention = getattr(self, "self_attn", None)
-        if attention is not None:
-            packs = (Packed(attention, ("q_proj", "k_proj", "v_proj")), *packs)
+        self._blocks = tuple(
+            (name, self._modules[name]) for name in ("self_attn", "mlp") if name in self._modules
+        )
+        packs = (Packed(self.mlp, ("gate_proj", "up_proj")),)
+        if "self_attn" in self._modules:
+            packs = (Packed(self.self_attn, ("q_proj", "k_proj", "v_proj")), *packs)
         self._packs = packs
-        self._inside = tuple(m for m in self.modules() if m is not self)
+        holders = (self, *(block for _, block in self._blocks))
+        self._read = tuple(
+            (holder._modules, name, _kinds_like(module))
+            for holder in holders
+            for name, module in holder._modules.items()
+            if (name, module) not in self._blocks
+        )
 
     def _teardown(self) -> None:
         for pack in self._packs:
             pack.unpack()
-        del self._packs, self._inside
+        del self._packs, self._read, self._blocks
 
     def _runs_fused(self, x: Tensor) -> bool:
-        if self.training or not _is_inference(x, self):
+        if self.training or not _takes_kernels(x):
+            return False
+        if _records_gradients(x, self):
+            _say_that_gradients_are_recorded()
             return False
         return self._is_intact()
 
     def _is_intact(self) -> bool:
-        """False where the kernels would leave something out: a hook, an adapter. Weights that were
-        given other memory are packed again."""
-        if any(map(_is_observed, self._inside)):
-            return False
-        if not all(map(is_plain_or_quantized, self._linears())):
+        """False where the kernels would leave something out: a hook, an adapter, weights that are
+        elsewhere. Weights that were given other memory are packed again."""
+        if not self._is_plain():
             return False
         if not torch.compiler.is_compiling():  # addresses mean nothing while tracing
             self.pack()
         return True
+
+    def _is_plain(self) -> bool:
+        """Whether all that is read is plain (:mod:`nbl.plain`)."""
+        if all_are_observed():
+            return False
+        for name, block in self._blocks:
+            if self._modules.get(name) is not block or is_observed(block):
+                return False
+        return all(is_plain(modules.get(name), kinds) for modules, name, kinds in self._read)
 
     def pack(self) -> None:
         """Packs what was given other memory since."""
@@ -159,18 +172,10 @@ class FusedLayer:
             if not pack.is_current():
                 pack.pack()
 
-    def _linears(self) -> list[nn.Module]:
-        mlp = self.mlp._modules
-        linears = [mlp["gate_proj"], mlp["up_proj"], mlp["down_proj"]]
-        if "self_attn" in self._modules:
-            attention = self._modules["self_attn"]._modules
-            linears += [attention[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        return linears
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """``.to()`` and its like move one parameter at a time, out of the packed tensor."""
         super()._apply(fn, recurse)
-        if all(map(is_plain_or_quantized, self._linears())):
+        if self._is_plain():
             self.pack()
         return self
 
@@ -194,14 +199,12 @@ class FusedLinearizedDecoderLayer(FusedLayer, LinearizedDecoderLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        past_key_values: Any = None,
         memory_span: MemorySpan | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        memory = {"past_key_values": past_key_values, "memory_span": memory_span}
         if not self._runs_fused(hidden_states):
-            return super().forward(hidden_states, *args, **memory, **kwargs)
-        return self._mlp(self._attention(hidden_states, past_key_values, memory_span))
+            return super().forward(hidden_states, *args, memory_span=memory_span, **kwargs)
+        return self._mlp(self._attention(hidden_states, take_cache(kwargs), memory_span))
 
 
 class FusedAttentionLayer(FusedLayer):
@@ -215,46 +218,35 @@ class FusedAttentionLayer(FusedLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        config = self.self_attn.config
-        attentions = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-        if attentions or not self._runs_fused(hidden_states):
-            return super().forward(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+        asked = kwargs | {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "position_embeddings": position_embeddings,
+        }
         attention = self.self_attn
+        attentions = kwargs.get(
+            "output_attentions", getattr(attention.config, "output_attentions", False)
+        )
+        cache = take_cache(kwargs)
+        # A paged cache is handed over with more than its name.
+        known = position_embeddings is not None and (cache is None or isinstance(cache, Cache))
+        if args or attentions or not known or not self._runs_fused(hidden_states):
+            return super().forward(hidden_states, *args, **asked)
         q, k, v = self._qkv(hidden_states).split(self._heads, dim=-2)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = self.modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, attention.layer_idx)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            config._attn_implementation, self.modeling.eager_attention_forward
-        )
-        y, _ = function(
+        y = attend(
             attention,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=0.0,
-            scaling=attention.scaling,
-            sliding_window=sliding_window(attention),
-            # What stock layers pass on too: flash attention wants the positions.
-            position_ids=position_ids,
-            use_cache=use_cache,
+            self.modeling,
+            *(t.transpose(1, 2) for t in (q, k, v)),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past=cache,
+            position_ids=position_ids,  # as stock layers pass on: flash attention wants them
             **kwargs,
         )
         y = y.reshape(*hidden_states.shape[:-1], -1)
@@ -275,20 +267,20 @@ class FusedAttentionLayer(FusedLayer):
         return [kv_heads * attention.num_key_value_groups, kv_heads, kv_heads]
 
 
-class FusedLlamaDecoderLayer(FusedAttentionLayer, modeling_llama.LlamaDecoderLayer):
-    modeling = modeling_llama
+class FusedLlamaDecoderLayer(FusedAttentionLayer, MODELING["Llama"].LlamaDecoderLayer):
+    modeling = MODELING["Llama"]
 
 
-class FusedMistralDecoderLayer(FusedAttentionLayer, modeling_mistral.MistralDecoderLayer):
-    modeling = modeling_mistral
+class FusedMistralDecoderLayer(FusedAttentionLayer, MODELING["Mistral"].MistralDecoderLayer):
+    modeling = MODELING["Mistral"]
 
 
-class FusedQwen2DecoderLayer(FusedAttentionLayer, modeling_qwen2.Qwen2DecoderLayer):
-    modeling = modeling_qwen2
+class FusedQwen2DecoderLayer(FusedAttentionLayer, MODELING["Qwen2"].Qwen2DecoderLayer):
+    modeling = MODELING["Qwen2"]
 
 
-class FusedQwen3DecoderLayer(FusedAttentionLayer, modeling_qwen3.Qwen3DecoderLayer):
-    modeling = modeling_qwen3
+class FusedQwen3DecoderLayer(FusedAttentionLayer, MODELING["Qwen3"].Qwen3DecoderLayer):
+    modeling = MODELING["Qwen3"]
 
 
 class FusedHead(nn.Linear):
@@ -298,19 +290,24 @@ class FusedHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // max(x.shape[-1], 1)
-        if rows <= self._MOST_ROWS and not self.training and _is_inference(x, self):
+        few = rows <= self._MOST_ROWS and not self.training
+        inference = _takes_kernels(x) and not _records_gradients(x, self)
+        if few and inference and has_plain_weights(self):
             nothing = x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
             return nk.residual_linear(x, self.weight, self.bias, residual=nothing)
         return super().forward(x)
 
 
+_ATTENTION = (
+    FusedLlamaDecoderLayer,
+    FusedMistralDecoderLayer,
+    FusedQwen2DecoderLayer,
+    FusedQwen3DecoderLayer,
+)
 _FUSED: dict[type, type] = {
     nn.Linear: FusedHead,
     LinearizedDecoderLayer: FusedLinearizedDecoderLayer,
-    modeling_llama.LlamaDecoderLayer: FusedLlamaDecoderLayer,
-    modeling_mistral.MistralDecoderLayer: FusedMistralDecoderLayer,
-    modeling_qwen2.Qwen2DecoderLayer: FusedQwen2DecoderLayer,
-    modeling_qwen3.Qwen3DecoderLayer: FusedQwen3DecoderLayer,
+    **{fused.__bases__[1]: fused for fused in _ATTENTION},
 }
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
@@ -368,41 +365,47 @@ def check_plain(layer: nn.Module, name: str) -> None:
     for parent, names in parts.items():
         for child in names:
             linear = getattr(getattr(layer, parent), child)
-            if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+            if type(linear) is not nn.Linear or not has_plain_weights(linear):
+                weight = getattr(linear, "weight", None)
+                where = "" if weight is None else f" on {weight.device}"
                 raise ValueError(
-                    f"{name}.{parent}.{child}: expected a plain nn.Linear, "
-                    f"got {_class_name(linear)} with a weight of {_class_name(linear.weight)}"
+                    f"{name}.{parent}.{child}: expected a plain nn.Linear, got "
+                    f"{_class_name(linear)} with a weight of {_class_name(weight)}{where}"
                 )
 
 
-def sliding_window(attention: nn.Module) -> int | None:
-    """How many tokens this attention sees, itself included; None: all."""
-    if isinstance(attention, modeling_mistral.MistralAttention):
-        return attention.config.sliding_window
-    return getattr(attention, "sliding_window", None)
+def _kinds_like(module: nn.Module) -> tuple[type, ...]:
+    """What may stand in the place of a module that is read: linears and norms have kernels."""
+    kinds = (kinds for kinds in (LINEARS, NORMS) if isinstance(module, kinds))
+    return next(kinds, (type(module),))
 
 
-def _is_inference(x: Tensor, module: nn.Module) -> bool:
-    """Plain inference: no gradient is recorded, no autocast, a dtype of the kernels."""
+def _takes_kernels(x: Tensor) -> bool:
+    """No autocast, and a dtype of the kernels."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return False
-    return not torch.is_grad_enabled() or not (
+    return x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)
+
+
+def _records_gradients(x: Tensor, module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and (
         x.requires_grad or any(p.requires_grad for p in module.parameters())
     )
 
 
-def _is_observed(module: nn.Module) -> bool:
-    """Whether somebody relies on this module being called. transformers' own hooks, which stay
-    once output_hidden_states was asked for, do not count: see output_attentions."""
-    state = module.__dict__
-    if "forward" in state or state["_forward_pre_hooks"]:
-        return True
-    hooks = state["_forward_hooks"]
-    return bool(hooks) and any(
-        hook.__module__ != "transformers.utils.output_capturing" for hook in hooks.values()
-    )
+_said: set[str] = set()
+
+
+def _say_that_gradients_are_recorded() -> None:
+    """Once per process: who wants speed most likely forgot to say that no gradient is needed."""
+    if not _said and not torch.compiler.is_compiling():
+        _said.add("gradients")
+        warnings.warn(
+            "an optimized model was called while gradients are recorded, which its fused kernels "
+            "do not: its layers run unfused. Call it under torch.inference_mode() or "
+            "torch.no_grad(), or train it after nbl.restore",
+            stacklevel=2,
+        )
 
 
 def _class_name(value: object) -> str:

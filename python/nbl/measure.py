@@ -1,6 +1,6 @@
 """What a compressed model costs and how well it does, always beside the dense model and dropping.
 
-`nbl compress --eval`, `--sweep` and `nbl demo` show these measurements; `nbl.report` draws them.
+`nbl compress --eval`, `--sweep` and `nbl demo` show these measurements.
 """
 
 import statistics
@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import nbl
 from nbl.ranking import CRITERIA
+from nbl.upstream import output_cache
 
 
 def score_layers(
@@ -33,37 +34,11 @@ def score_layers(
     return scores
 
 
-def order(scores: Sequence[float | None]) -> list[int]:
-    """Layers, the first to be replaced first; layers without a score are left out."""
-    known = [layer for layer, score in enumerate(scores) if score is not None]
-    return sorted(known, key=lambda layer: scores[layer])
-
-
-def disagreements(scores: dict[str, list], count: int | None = None) -> list[str]:
-    """A sentence for each criterion whose first `count` layers (default: half) are mostly others.
-
-    Compared is with "loss", which measures what the others estimate, or else with "residual".
-    """
-    reference = "loss" if "loss" in scores else "residual"
-    right = order(scores[reference])
-    count = count or max(1, len(right) // 2)
-    notes = []
-    for name in scores:
-        first = order(scores[name])[:count]
-        differ = len(set(first) - set(right[:count]))
-        if differ > count / 4:
-            notes.append(
-                f"{name} and {reference} disagree on {differ} of the first {count} layers: "
-                f"{_ids(first)} by {name}, {_ids(right[:count])} by {reference}"
-            )
-    return notes
-
-
 def kv_bytes_per_token(model) -> int:
     """Bytes of keys and values that the model's own cache holds for one token of one sequence."""
     tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        cache = model(tokens, use_cache=True).past_key_values
+        cache = output_cache(model(tokens, use_cache=True))
     held = [
         tensor
         for layer in cache.layers
@@ -158,7 +133,7 @@ def measure_points(
     drop: bool = False,
     watch: Callable = lambda batches, what: batches,
 ) -> list[dict]:
-    """One row for the dense model and one for each choice of layers: what nbl.report calls points.
+    """One row for the dense model and one for each choice of layers: what a record calls points.
 
     KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions;
     and, with a memory, its state bytes per sequence.
@@ -232,7 +207,3 @@ def describe_model(model, name: str) -> dict:
         "hidden_size": config.hidden_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def _ids(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(layers)))

@@ -26,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    DynamicCache,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
@@ -43,7 +42,6 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import nbl_kernels as nk
@@ -51,7 +49,18 @@ from nbl_kernels.memory import Filters, remember
 
 from .batches import Batch
 from .cache import EmptyCacheLayer, prepare_entries
-from .quantized import is_plain_or_quantized, quantized_linears, scale_of
+from .plain import all_are_observed, is_plain_linear, is_plain_norm
+from .quantized import quantized_linears, scale_of
+from .saving import as_published
+from .upstream import (
+    CACHE,
+    Cache,
+    forward_arguments,
+    give_no_pages,
+    new_cache,
+    record_hidden_states,
+    take_cache,
+)
 
 __all__ = [
     "FAMILIES",
@@ -267,12 +276,12 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        past_key_values: Cache | None = None,
         memory_span: MemorySpan | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """hidden_states (B, T, d) -> (B, T, d); other arguments concern attention only."""
-        hidden_states = self._attention(hidden_states, past_key_values, memory_span)
+        """hidden_states (B, T, d) -> (B, T, d); of the other arguments, which concern attention,
+        the cache matters to a memory."""
+        hidden_states = self._attention(hidden_states, take_cache(kwargs), memory_span)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _attention(
@@ -282,14 +291,19 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             return x
         if self.spec.has_memory:
             if cache is None:
-                return self._recall(x, self.new_state(x.shape[0]), span)
+                return self._recall(x, self.new_state(x.shape[0], x.device), span)
+            if not isinstance(cache, Cache):
+                raise ValueError(
+                    f"layer {self.layer_idx} has a memory, whose state needs a transformers Cache, "
+                    f"got {type(cache).__name__}"
+                )
             entry = cache.layers[self.layer_idx]
             state = entry.prepare(x.shape[0], *self.state_shape, x.device)
             history = entry.history_of(x.shape[1])
             y = self._recall(x, state, span, history)
             entry.remember(history)
             return y
-        if self._is_adapted():
+        if not self._is_plain():
             y = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
             for linear in self._maps():
                 y = linear(y)
@@ -308,9 +322,10 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         branches = self.spec.filters.branches
         return self.spec.filters.slots, self.linear_v.out_features // branches
 
-    def new_state(self, rows: int) -> Tensor:
-        """(rows, S, r): nothing remembered."""
-        device = self.post_attention_layernorm.weight.device
+    def new_state(self, rows: int, device: torch.device | None = None) -> Tensor:
+        """(rows, S, r): nothing remembered. device: that of the layer, unless it is offloaded."""
+        if device is None:
+            device = self.post_attention_layernorm.weight.device
         return torch.zeros((rows, *self.state_shape), dtype=torch.float32, device=device)
 
     def _recall(
@@ -322,8 +337,8 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """x + W φ(x) + b, which takes the state (and its history) on."""
         span = span or MemorySpan()
-        if self._is_adapted():
-            return self._recall_adapted(x, state, span, history)
+        if not self._is_plain():
+            return self._recall_by_calls(x, state, span, history)
         v, u = self.linear_v, getattr(self, "linear_u", None)
         return nk.memory_scan(
             x,
@@ -341,10 +356,10 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             **self._norm(),
         )
 
-    def _recall_adapted(
+    def _recall_by_calls(
         self, x: Tensor, state: Tensor, span: MemorySpan, history: Tensor | None
     ) -> Tensor:
-        """The same where linears are called, not read."""
+        """The same where the modules are called, not read."""
         f = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
         tokens = {"mask": span.mask, "starts": span.starts}
         c = remember(self.linear_v(f), self.spec.filters, state, history, **tokens).to(x.dtype)
@@ -357,10 +372,12 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         names = ("linear", "linear_v", "linear_u")
         return [self._modules[name] for name in names if name in self._modules]
 
-    def _is_adapted(self) -> bool:
-        """Whether a linear of the map is more than its weight, such as a LoRA layer: it is called
-        then, as kernels would read the weight alone."""
-        return not all(map(is_plain_or_quantized, self._maps()))
+    def _is_plain(self) -> bool:
+        """Whether kernels may read the weights of the map and its norm (:mod:`nbl.plain`)."""
+        norm = self._modules.get("input_layernorm")
+        if all_are_observed() or not (norm is None or is_plain_norm(norm)):
+            return False
+        return all(map(is_plain_linear, self._maps()))
 
     def _norm(self) -> dict[str, Any]:
         """Arguments of the kernels: the features are normalized, or not."""
@@ -402,7 +419,8 @@ def has_memory(base: nn.Module) -> bool:
 class NblPreTrainedMixin:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', but ValueError for a quantized model, before anything is written: no
-        checkpoint format of transformers would say what the numbers mean."""
+        checkpoint format of transformers would say what the numbers mean. The generation config is
+        saved as it is, also where transformers would rather have it changed."""
         quantized = next(quantized_linears(self), None)
         if quantized is not None:
             raise ValueError(
@@ -410,7 +428,19 @@ class NblPreTrainedMixin:
                 "cannot hold: save it before nbl.optimize(…, weights=…), or after nbl.restore, and "
                 "optimize what is loaded"
             )
-        super().save_pretrained(*args, **kwargs)
+        actual = {
+            i: layer.spec
+            for i, layer in enumerate(self.base_model.layers)
+            if isinstance(layer, LinearizedDecoderLayer)
+        }
+        if actual != layer_specs(self.config):
+            raise ValueError(
+                f"config.nbl names the layers {linearized_layers(self)} as linear maps, the model "
+                f"has them at {list(actual)}: its layers were changed after linearizing. Cut the "
+                "original first (nbl.restore gives it back), then linearize"
+            )
+        with as_published(self):
+            super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -438,9 +468,7 @@ class NblModelMixin(NblPreTrainedMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        recorded = dict(cls._can_record_outputs)
-        recorded["hidden_states"] = [recorded["hidden_states"], LinearizedDecoderLayer]
-        cls._can_record_outputs = recorded
+        record_hidden_states(cls, LinearizedDecoderLayer)
         cls._no_split_modules = [*cls._no_split_modules, "LinearizedDecoderLayer"]
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -452,54 +480,40 @@ class NblModelMixin(NblPreTrainedMixin):
         for i, spec in layer_specs(self.config).items():
             self.layers[i] = LinearizedDecoderLayer(self.layers[i], spec)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        memory_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, memory_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The stock forward, with a cache that has no keys for the linearized layers.
 
         memory_mask: (B, T) of the new tokens, 0 where padding: what a memory needs to know where
         the attention_mask is not 2-dimensional. ``generate`` passes it on.
         """
+        kwargs = forward_arguments(args, kwargs)
+        use_cache, cache = kwargs.get("use_cache"), kwargs[CACHE]
         if use_cache is None:
             use_cache = self.config.use_cache and not (
                 self.gradient_checkpointing and self.training
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        cached = isinstance(past_key_values, Cache)
+        if use_cache and cache is None:
+            cache = new_cache(self.config)
+        kwargs |= {"use_cache": use_cache, CACHE: cache}
+        ids = kwargs.get("input_ids")
+        rows, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        cached = isinstance(cache, Cache)
         specs = {
             i: layer.spec
             for i, layer in enumerate(self.layers)
             if isinstance(layer, LinearizedDecoderLayer)
         }
         if cached:
-            prepare_entries(past_key_values, self.config.num_hidden_layers, specs)
+            prepare_entries(cache, self.config.num_hidden_layers, specs)
         if has_memory(self):
-            shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
-            positions = None if cached else position_ids  # packed texts are for training
-            span = _memory_span(shape, attention_mask, positions, memory_mask)
+            positions = None if cached else kwargs.get("position_ids")  # packed texts: for training
+            mask = kwargs.get("attention_mask")
+            span = _memory_span((rows, length), mask, positions, memory_mask)
             if span is not None:
                 kwargs["memory_span"] = span
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs = super().forward(**kwargs)
         if cached:
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            for entry in past_key_values.layers:
+            for entry in cache.layers:
                 if isinstance(entry, EmptyCacheLayer):
                     entry.advance(length)
         return outputs
@@ -545,6 +559,23 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         become_nbl(self)
         self.model.replace_layers()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with pages for the layers with attention only. ValueError for a model
+        with a memory: a page holds keys of tokens, not the state of a sequence."""
+        own = linearized_layers(self)
+        if has_memory(self.model):
+            raise ValueError(
+                "continuous batching has no room for the states of layers with a memory: use "
+                "generate or nbl.Runner"
+            )
+        if len(own) == self.config.num_hidden_layers:
+            raise ValueError(
+                "continuous batching counts tokens by pages of keys, and every layer of this model "
+                "is linear: use generate or nbl.Runner"
+            )
+        give_no_pages(linearized_layers)
+        return super().init_continuous_batching(*args, **kwargs)
+
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is looked at
     def prepare_inputs_for_generation(
         self, *args: Any, attention_mask: Any = None, **kwargs: Any
@@ -557,11 +588,11 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         if not has_memory(self.model):
             return inputs
         ids = inputs.get("input_ids")
-        new = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+        new = inputs["inputs_embeds"] if ids is None else ids
         if attention_mask is None:
-            inputs["memory_mask"] = torch.ones(new, dtype=torch.bool, device=self.device)
+            inputs["memory_mask"] = new.new_ones(new.shape[:2], dtype=torch.bool)
         elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            inputs["memory_mask"] = attention_mask[:, -new[1] :]
+            inputs["memory_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
 
 

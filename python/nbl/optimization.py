@@ -14,6 +14,7 @@ from .fused import FusedLayer, check_fusible, check_plain, fuse, unfuse
 from .linearization import check_dtype, check_no_draft, check_one_device, forget_originals
 from .models import become_nbl, family_of
 from .quantized import quantize_linears, quantized_linears
+from .selfcheck import check_installed
 
 __all__ = ["optimize", "weight_bytes"]
 
@@ -65,7 +66,10 @@ def optimize(
             that are quantized by others, wrapped or shared between layers; weights that are not
             finite, or quantized to another format already; a draft, with `weights`. The model is
             untouched.
+        RuntimeError: under a version of transformers that nbl was not tested with, where a small
+            model goes wrong (:mod:`nbl.selfcheck`).
     """
+    check_installed()
     if weights not in (None, *FORMATS):
         raise ValueError(f"weights: expected None or one of {', '.join(FORMATS)}, got {weights!r}")
     if keep_original and weights is None:

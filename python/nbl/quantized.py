@@ -19,7 +19,6 @@ from nbl_kernels.quantization import format_of
 
 __all__ = [
     "QuantizedLinear",
-    "is_plain_or_quantized",
     "quantize_linears",
     "quantized_linears",
     "restore_linears",
@@ -94,11 +93,6 @@ def quantized_linears(*modules: nn.Module) -> Iterator[QuantizedLinear]:
     """Those inside the modules, or that are the modules."""
     for module in modules:
         yield from (m for m in module.modules() if type(m) is QuantizedLinear)
-
-
-def is_plain_or_quantized(linear: nn.Module) -> bool:
-    """Whether its weight and bias are all there is to it: no adapter, no wrapper."""
-    return type(linear) in (nn.Linear, QuantizedLinear)
 
 
 def scale_of(linear: nn.Module) -> Tensor | None:

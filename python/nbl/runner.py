@@ -21,14 +21,17 @@ import nbl_kernels as nk
 
 from .attention import FlashInferAttention, SdpaAttention, allocate_cache, load_flashinfer
 from .drafting import DraftReport, count_accepted
-from .fused import FusedHead, FusedLayer, add_linear, fuse, sliding_window
+from .fused import FusedHead, FusedLayer, add_linear, fuse
 from .linearization import DRAFT_ORDER
 from .models import LinearizedDecoderLayer, MemorySpan, family_of
 from .optimization import optimize
-from .quantized import QuantizedLinear, scale_of
+from .plain import LINEARS, is_plain
+from .quantized import scale_of
+from .upstream import NORMS, rotation_table, sliding_window
 
 __all__ = ["Runner"]
 
+_HEADS = (*LINEARS, FusedHead)
 _SMALLEST_BUCKET = 128  # of cache slots, for CUDA graphs
 # Rows of one forward pass up to which the linears read their weights once, and a row's result does
 # not depend on the others: drafted tokens are verified in no more.
@@ -85,14 +88,9 @@ class Runner:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
         family_of(model)
-        rope_type = model.model.rotary_emb.rope_type
-        if rope_type in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rope_type {rope_type!r}: positions would change with the length of the text; "
-                "use model.generate"
-            )
+        cos, sin = rotation_table(model, max_length)
         head = model.lm_head
-        if type(head) not in (nn.Linear, FusedHead, QuantizedLinear):
+        if not is_plain(head, _HEADS):
             raise ValueError(f"lm_head: expected a plain nn.Linear, got {type(head).__name__}")
         weight = model.model.norm.weight
         if cuda_graphs and weight.device.type != "cuda":
@@ -129,7 +127,7 @@ class Runner:
         else:
             self._attend = SdpaAttention(windows, heads, model.config.num_key_value_heads)
         self._states = _States(self._stack, self._drafts, max_batch_size)
-        self._cos, self._sin = _rotation_table(model, max_length)
+        self._cos, self._sin = cos, sin
         self._call = 0  # which call the cache belongs to
         self._graphs = _Graphs(self) if cuda_graphs else None
 
@@ -349,6 +347,15 @@ class Runner:
                 raise RuntimeError(
                     f"layer {i} has hooks or adapters inside, which a Runner would leave out: "
                     "remove them, or use model.generate"
+                )
+        for name, module, kinds in (
+            ("model.norm", norm, NORMS),
+            ("lm_head", self.model.lm_head, _HEADS),
+        ):
+            if not is_plain(module, kinds):
+                raise RuntimeError(
+                    f"{name} has hooks or is no plain module any more, which a Runner would leave "
+                    "out: remove them, or use model.generate"
                 )
         if self._graphs is not None:
             self._graphs.prepare(len(batch.lengths), first, end)
@@ -681,17 +688,6 @@ def _kept_layers(layers: list[Any]) -> list[_Kept | None]:
         kept.append(_Kept(count, kv_heads, attention.scaling, window, normalizes))
         count += 1
     return kept
-
-
-@torch.no_grad()
-def _rotation_table(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, float32, as nk.rope_append takes them: by the model's own
-    module, which knows every scaling, and says each angle twice."""
-    device = model.model.norm.weight.device
-    positions = torch.arange(length, device=device)[None]
-    tables = model.model.rotary_emb(torch.empty(0, device=device), positions)
-    cos, sin = (t[0, :, : t.shape[-1] // 2].contiguous() for t in tables)
-    return cos, sin
 
 
 def _token_rows(

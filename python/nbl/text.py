@@ -2,15 +2,17 @@
 
 A source is one of
 
-    PATH                           a UTF-8 file (.jsonl: the "text" of each line), or .gz of one
+    PATH                           a UTF-8 file, or .gz of one; .jsonl and .parquet: rows, see below
     FOLDER                         every text file below it, by path; hidden and binary skipped
     -                              standard input, one document
-    dataset:NAME[:CONFIG][:SPLIT]  a dataset of the `datasets` library, its "text" column
+    dataset:NAME[:CONFIG][:SPLIT]  rows of a dataset of the `datasets` library
     demo:train|calibration|test    the text that ships with nbl
 
-and becomes a list of documents (strings). Every error names the source it came from.
+and becomes a list of documents: strings, and chats. A row with "messages", a list of {"role",
+"content"}, is a :class:`Chat`; any other is its "text". Every error names the source it came from.
 """
 
+import glob
 import gzip
 import hashlib
 import json
@@ -18,21 +20,43 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import TemplateError  # transformers renders chat templates with it
 
 DEMO_SPLITS = ("train", "calibration", "validation", "test")
 _DATASET_SPLITS = ("train", "validation", "valid", "dev", "test")
 _MIN_REST = 32  # tokens: a shorter last piece says more about its first words than about the text
 
 
-def load_texts(sources: Iterable[str | Path], *, max_chars: int | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Chat:
+    """A conversation; what its text is, the tokenizer's chat template says.
+
+    messages: [{"role": str, "content": str, ...}, ...], at least one. source: where it was read.
+    """
+
+    messages: list[dict[str, Any]]
+    source: str
+
+    def __str__(self) -> str:
+        """What was said, for all that needs no tokenizer."""
+        return "\n".join(message["content"] for message in self.messages)
+
+
+Document = str | Chat
+
+
+def load_texts(sources: Iterable[str | Path], *, max_chars: int | None = None) -> list[Document]:
     """The documents of all sources, in the order given.
 
-    `max_chars` bounds what is read from a `dataset:` source, which may be larger than the disk.
+    `max_chars` bounds what is read from a `dataset:` source, which may be larger than the disk, or
+    from a .parquet file.
     """
-    documents: list[str] = []
+    documents: list[Document] = []
     for source in [sources] if isinstance(sources, str | Path) else sources:
         name = str(source)
         kind, _, rest = name.partition(":")
@@ -43,10 +67,10 @@ def load_texts(sources: Iterable[str | Path], *, max_chars: int | None = None) -
         elif kind == "dataset" and rest:
             found = _dataset(rest, max_chars)
         elif Path(name).is_dir():
-            found = _folder(Path(name))
+            found = _folder(Path(name), max_chars)
         else:
-            found = _file(Path(name))
-        found = [text for text in found if text.strip()]
+            found = _file(Path(name), max_chars)
+        found = [document for document in found if str(document).strip()]
         if not found:
             raise ValueError(f"text: expected text, but {name!r} holds none")
         documents += found
@@ -55,7 +79,9 @@ def load_texts(sources: Iterable[str | Path], *, max_chars: int | None = None) -
     return documents
 
 
-def split_documents(documents: list[str], held_out: float = 0.1) -> tuple[list[str], list[str]]:
+def split_documents(
+    documents: list[Document], held_out: float = 0.1
+) -> tuple[list[Document], list[Document]]:
     """(kept, held out): about a share `held_out` of the documents, the same ones every time.
 
     A document's side depends on its own text only, so equal documents are never on both sides and
@@ -64,20 +90,21 @@ def split_documents(documents: list[str], held_out: float = 0.1) -> tuple[list[s
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
-    keys = {text: _hash(text) for text in documents}
-    ranked = sorted(keys, key=keys.__getitem__)
+    hashes = [_hash(document) for document in documents]
+    ranked = sorted(set(hashes))
     if len(ranked) < 2:
         raise ValueError(
             "text: expected at least two different documents to hold some out, got "
             f"{len(ranked)}; name the text to evaluate on explicitly"
         )
-    out = {text for text in ranked[:-1] if keys[text] < held_out} or {ranked[0]}
-    return [t for t in documents if t not in out], [t for t in documents if t in out]
+    out = {share for share in ranked[:-1] if share < held_out} or {ranked[0]}
+    sides = list(zip(documents, hashes, strict=True))
+    return [d for d, share in sides if share not in out], [d for d, share in sides if share in out]
 
 
 def token_batches(
     tokenizer,
-    documents: Iterable[str],
+    documents: Iterable[Document],
     *,
     length: int,
     batch_size: int,
@@ -85,9 +112,11 @@ def token_batches(
 ) -> list[torch.Tensor]:
     """Documents, with eos between, packed into LongTensors (batch_size, length).
 
-    The stream starts with bos (eos where the tokenizer has none). The last batch may have fewer
-    rows. What remains after the last full row becomes a batch of its own, (1, rest), when it has
-    at least 32 tokens or is all there is, and is left out otherwise: nothing is ever padded.
+    The stream starts with bos (eos where the tokenizer has none). A chat is the tokens that the
+    tokenizer's chat template makes of it, which writes its own bos and ends of turns: nothing is
+    added. The last batch may have fewer rows. What remains after the last full row becomes a batch
+    of its own, (1, rest), when it has at least 32 tokens or is all there is, and is left out
+    otherwise: nothing is ever padded.
     """
     for name, value in (("length", length), ("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
@@ -99,8 +128,15 @@ def token_batches(
     end = start if end is None else end
     tokens: list[int] = []
     for document in documents:
-        tokens += [] if start is None else [end if tokens else start]
-        for piece in _pieces(document):
+        if max_tokens is not None and len(tokens) >= max_tokens:
+            break
+        if isinstance(document, Chat):
+            text = _rendered(tokenizer, document)
+        else:
+            text = document
+            if start is not None and tokens[-1:] != [end]:
+                tokens.append(end if tokens else start)
+        for piece in _pieces(text):
             if max_tokens is not None and len(tokens) >= max_tokens:
                 break
             tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
@@ -120,8 +156,24 @@ def count_tokens(batches: Iterable[torch.Tensor]) -> int:
     return sum(batch.numel() for batch in batches)
 
 
-def _hash(text: str) -> float:
+def _rendered(tokenizer, chat: Chat) -> str:
+    """The chat as text, special tokens included."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"text: expected a tokenizer with a chat template for the messages at {chat.source}, "
+            'but the model\'s has none: give rows with "text"'
+        )
+    try:
+        return tokenizer.apply_chat_template(chat.messages, tokenize=False)
+    except (TemplateError, ValueError, TypeError) as error:  # roles that it does not take, ...
+        raise ValueError(
+            f"text: expected messages that the chat template takes at {chat.source}, got: {error}"
+        ) from None
+
+
+def _hash(document: Document) -> float:
     """A number in [0, 1) that depends on nothing but the text."""
+    text = document if isinstance(document, str) else json.dumps(document.messages, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -135,27 +187,32 @@ def _pieces(document: str, size: int = 1 << 20) -> Iterator[str]:
     yield document[start:]
 
 
-def _folder(folder: Path) -> list[str]:
+def _folder(folder: Path, max_chars: int | None) -> list[Document]:
     documents = []
     for root, folders, files in os.walk(folder):  # does not follow links to folders, so it ends
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(root, name)
-            if not name.startswith(".") and path.is_file() and b"\0" not in _read(path, 8192):
-                documents += _file(path)
+            if name.startswith(".") or not path.is_file():
+                continue
+            if path.suffix == ".parquet" or b"\0" not in _read(path, 8192):
+                documents += _file(path, max_chars)
     return documents
 
 
-def _file(path: Path) -> list[str]:
+def _file(path: Path, max_chars: int | None) -> list[Document]:
     if not path.exists():
         raise FileNotFoundError(
             f"text: expected a file or a folder, but {str(path)!r} does not exist"
         )
+    if path.suffix == ".parquet":
+        files = glob.escape(str(path.resolve()))  # the library takes patterns
+        return _rows(str(path), max_chars, "parquet", data_files=files, streaming=True)
     text = _decode(_read(path), str(path))
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         return [text]
     return [
-        _json_text(line, f"{path}:{number}")
+        _json_line(line, f"{path}:{number}")
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
@@ -185,18 +242,45 @@ def _decode(data: bytes, name: str) -> str:
     return text
 
 
-def _json_text(line: str, where: str) -> str:
+def _json_line(line: str, where: str) -> Document:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"text: expected JSON at {where}, got: {error}") from None
+    return _row(row, where)
+
+
+def _row(row: Any, where: str) -> Document:
+    """A row with "messages" as a chat, any other as its "text"."""
+    if isinstance(row, dict) and row.get("messages") is not None:
+        return _chat(row["messages"], where)
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'text: expected an object with a string "text" at {where}')
+        raise ValueError(f'text: expected an object with "messages" or a string "text" at {where}')
+    return _text(row["text"], where)
+
+
+def _chat(messages: Any, where: str) -> Chat:
+    if not isinstance(messages, list) or not messages:
+        got = "an empty list" if messages == [] else type(messages).__name__
+        raise ValueError(f'text: expected "messages", a list of messages, at {where}, got {got}')
+    for number, message in enumerate(messages):
+        for name in ("role", "content"):
+            value = message.get(name) if isinstance(message, dict) else None
+            if not isinstance(value, str):
+                raise ValueError(
+                    f'text: expected "role" and "content", strings, in messages[{number}] at '
+                    f"{where}, got {message!r:.80}"
+                )
+            _text(value, where)
+    return Chat(messages, where)
+
+
+def _text(text: str, where: str) -> str:
     try:
-        row["text"].encode()
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"text: expected text at {where}, got half of a surrogate pair") from None
-    return row["text"]
+    return text
 
 
 def _demo(split: str) -> list[str]:
@@ -207,7 +291,7 @@ def _demo(split: str) -> list[str]:
     return demo.documents(split)
 
 
-def _dataset(spec: str, max_chars: int | None) -> list[str]:
+def _dataset(spec: str, max_chars: int | None) -> list[Document]:
     """NAME[:CONFIG][:SPLIT]; a single part after the name is a split where it sounds like one."""
     name, *parts = spec.split(":")
     if len(parts) == 1 and parts[0].split("[")[0] in _DATASET_SPLITS:
@@ -215,25 +299,37 @@ def _dataset(spec: str, max_chars: int | None) -> list[str]:
     config, split = (*parts, "", "")[:2]
     if not name or len(parts) > 2:
         raise ValueError(f"text: expected dataset:NAME[:CONFIG][:SPLIT], got {'dataset:' + spec!r}")
+    # A slice of a split ("train[:1%]") is not possible while streaming, and needs none.
+    options = {"split": split or "train", "streaming": "[" not in split}
+    return _rows(f"dataset:{spec}", max_chars, name, config or None, **options)
+
+
+def _rows(
+    source: str, max_chars: int | None, *dataset: str | None, split: str = "train", **options: Any
+) -> list[Document]:
+    """The rows of what `datasets.load_dataset` takes, until `max_chars` characters are read."""
+    documents, chars = [], 0
+    for number, row in enumerate(_loaded(source, *dataset, split=split, **options), 1):
+        if row.get("messages") is None and not isinstance(row.get("text"), str):
+            raise ValueError(
+                f'text: could not load {source!r}: expected a column "text" of strings, or '
+                f'"messages", got {", ".join(row)}'
+            )
+        documents.append(_row(row, f"{source}:{number}"))
+        chars += len(str(documents[-1]))
+        if max_chars is not None and chars >= max_chars:
+            break
+    return documents
+
+
+def _loaded(source: str, *dataset: str | None, **options: Any) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"text: 'dataset:{spec}' needs the datasets library: pip install datasets"
+            f"text: {source!r} needs the datasets library: pip install datasets"
         ) from None
     try:
-        # A slice of a split ("train[:1%]") is not possible while streaming, and needs none.
-        rows = datasets.load_dataset(
-            name, config or None, split=split or "train", streaming="[" not in split
-        )
-        documents, chars = [], 0
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise ValueError(f'expected a column "text" of strings, got {", ".join(row)}')
-            documents.append(row["text"])
-            chars += len(row["text"])
-            if max_chars is not None and chars >= max_chars:
-                break
+        yield from datasets.load_dataset(*dataset, **options)
     except Exception as error:  # network, unknown name, script datasets, ...: all end the same way
-        raise ValueError(f"text: could not load 'dataset:{spec}': {error}") from None
-    return documents
+        raise ValueError(f"text: could not load {source!r}: {error}") from None

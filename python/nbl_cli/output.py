@@ -46,18 +46,26 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
 def write_file(path: str | Path, data: bytes, *, overwrite: bool = False) -> None:
     """Writes a file whole; an existing one is replaced if `nbl report` wrote it or on request."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not (overwrite or _from_report(path)):
-        raise FileExistsError(
-            f"output: expected a new file, but {str(path)!r} exists (--overwrite replaces it)"
-        )
-    _check_parent(path)
+    path = check_file(path, overwrite=overwrite)
     temporary = _beside(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_file(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The path that :func:`write_file` would write to; OSError where it would refuse."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"output: expected a file to write, but {str(path)!r} is a folder")
+    if path.exists() and not (overwrite or _from_report(path)):
+        raise FileExistsError(
+            f"output: expected a new file, but {str(path)!r} exists (--overwrite replaces it)"
+        )
+    _check_parent(path)
+    return path
 
 
 def write_record(folder: Path, record: dict) -> None:

@@ -27,8 +27,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nbl.measure import order
-from nbl.output import MARK, RECORD
+from .output import MARK, RECORD
+from .scores import order
 
 HTML = "nbl_report.html"
 CRITERIA = {

@@ -1,0 +1,105 @@
+"""A model of the command line: found, loaded, tried to be saved, saved; its text; its record."""
+
+import datetime
+import time
+from pathlib import Path
+
+import nbl
+import torch
+import transformers
+from nbl import measure, saving
+from nbl.text import Document, load_texts
+
+from .output import write_record
+from .streams import err
+
+
+def load(name: str, dtype: str, device: str, weights: str | None = None):
+    """(model in evaluation mode on the device, tokenizer)."""
+    if weights is not None:
+        loaded, tokenizer = load(name, dtype, device)
+        return nbl.optimize(loaded, weights=weights), tokenizer
+    target = _device(device)
+    err.print(f"loading {name} ...", style="dim", markup=False, soft_wrap=True)
+    if name == "demo":
+        from nbl import demo
+
+        if not (demo.model_dir() / "config.json").is_file():
+            raise ValueError("model: this installation of nbl lacks the demo model, give another")
+        model, tokenizer = demo.load(torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        return model.to(target), tokenizer
+    expected = f"model: expected a folder with a model, a hub name or 'demo', got {name!r}"
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ValueError(f"{expected}, which has no config.json")
+    if not Path(name).exists() and (name.count("/") != 1 or name[0] in "./~") and "/" in name:
+        raise ValueError(f"{expected}, which does not exist")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{expected}: {reason}") from error
+    return model.eval().to(target), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r} "
+            "(nbl doctor says what is missing)"
+        )
+    return device
+
+
+def length_limit(model) -> int:
+    """The longest sequence the model was made for."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def read_texts(
+    model: str, text: list[str] | None, max_tokens: int | None, demo_split: str = "calibration"
+) -> tuple[list[Document], list[str]]:
+    """(documents, sources); the demo model brings its own text."""
+    if not text and model != "demo":
+        raise ValueError("text: expected --text with files, folders, - or dataset:NAME, got none")
+    sources = list(text or [f"demo:{demo_split}"])
+    return load_texts(sources, max_chars=max_tokens and 8 * max_tokens), sources
+
+
+def prepare_saving(model, tokenizer, folder: Path, layers: int, memory=None, rank=None) -> None:
+    """Before the work: all that is saved but the weights, and room for these with so many maps."""
+    saving.try_saving(model, tokenizer, folder)
+    maps = saving.map_bytes(model, layers, memory=memory, rank=rank)
+    saving.check_space(folder, saving.parameter_bytes(model) + maps)
+
+
+def save(model, folder: Path, record: dict, start: float, reload_with=None) -> None:
+    """The model beside its tokenizer, and the record; with `reload_with` (token ids) the proof that
+    it loads again."""
+    model.save_pretrained(folder)
+    if reload_with is not None:
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        with torch.inference_mode():
+            if not torch.equal(again(reload_with).logits, model(reload_with).logits):
+                raise RuntimeError("the saved model's logits differ from those of the model saved")
+    write_record(folder, {**record, "seconds": time.perf_counter() - start})
+
+
+def new_record(command: str, name: str, model) -> dict:
+    from nbl.doctor import conditions
+
+    return {
+        "nbl_report": 1,
+        "command": command,
+        "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "model": measure.describe_model(model, name),
+        "conditions": conditions(str(model.device), str(model.dtype).removeprefix("torch.")),
+    }
