@@ -1,12 +1,13 @@
 # The habits of this project. Everything runs in a virtual environment that is made on first use.
 PYTHON ?= python3
 VENV ?= .venv
-# What pip is asked for, e.g. TORCH="torch==2.13.0" TRANSFORMERS="transformers==5.17.0"
-TORCH ?= torch>=2.10
-TRANSFORMERS ?= transformers>=5.17
+# What is installed: the versions that .ci/run passed with. Other ones of these two, for example:
+# TORCH="torch==2.14.1" TRANSFORMERS="transformers==5.17.0"
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+TRANSFORMERS ?= $(shell grep '^transformers==' constraints.txt)
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench lint install clean
 
@@ -29,8 +30,10 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" "setuptools>=68" wheel ninja pybind11
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,report]"
+	grep -v -e '^torch==' -e '^transformers==' constraints.txt > $(VENV)/constraints.txt
+	printf '%s\n' "$(TORCH)" "$(TRANSFORMERS)" >> $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt "$(TORCH)" "setuptools>=68" wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,report]"
 	touch $@
 
 clean:

@@ -40,6 +40,7 @@ from nbl_kernels.covariance import Moments, check_dims, check_mask, check_tokens
 from nbl_kernels.memory import Filters, filter_features
 
 _CHUNK_BYTES = 256 << 20  # float32 features of the sequences that are stacked at a time
+_END_ROWS = 64  # last states that there is room for from the beginning
 
 
 def memory_features(
@@ -144,8 +145,8 @@ class MemoryAccumulator:
         self._gram_bs = zeros(block_dim, stacked)
         self._gram_bb = zeros(block_dim, block_dim)
         self._end_sums = zeros(self._reach + len(decays), feature_dim)
-        self._ends: list[Tensor] = []  # (sequences, end_sums.numel()) float32
         self._gram_ends = zeros(0, 0)
+        self._drop_end_rows()
 
     @property
     def lags(self) -> tuple[int, ...]:
@@ -292,8 +293,7 @@ class MemoryAccumulator:
         rest_grams = (none, self._gram_ts, self._gram_tt, self._gram_bs, self._gram_bb)
         torch.ops.nbl.covariance_update(*rest, count, sums, *rest_grams)
         self._end_sums += ends.sum(0, dtype=torch.float64)
-        self._ends.append(ends.flatten(1))
-        self._fold_ends()
+        self._add_ends(ends.flatten(1))
 
         if not decays:
             return
@@ -320,23 +320,34 @@ class MemoryAccumulator:
         fading = [[a / (1 - a)] for a in self.decays]
         return torch.tensor(fading, dtype=torch.float64, device=self.device).reshape(-1, 1)
 
-    def _fold_ends(self) -> None:
-        """Replaces the rows by their Gram matrix where that is not larger."""
+    def _add_ends(self, rows: Tensor) -> None:
+        """Keeps them: as rows, or in the Gram matrix once that is not larger."""
+        width, total = self._end_sums.numel(), self._num_ends + len(rows)
+        if self._gram_ends.numel() == 0 and total <= width:
+            if total > len(self._end_buffer):
+                # In few large pieces: each that stays among the freed temporaries of updates splits
+                # the heap, which then grows with every update.
+                larger = rows.new_empty(min(width, 2 * total), width)
+                larger[: self._num_ends] = self._end_rows()
+                self._end_buffer = larger
+            self._end_buffer[self._num_ends : total] = rows
+            self._num_ends = total
+            return
+        if self._gram_ends.numel() == 0:
+            self._gram_ends = self._gram_ends.new_zeros(width, width)
+        for part in (self._end_rows().double(), rows.double()):
+            self._gram_ends.addmm_(part.T, part)
+        self._drop_end_rows()
+
+    def _drop_end_rows(self) -> None:
         width = self._end_sums.numel()
-        if width == 0:
-            self._ends = []
-        elif sum(map(len, self._ends)) > width:
-            rows = torch.cat(self._ends).double()
-            gram = rows.T @ rows
-            self._gram_ends = gram if self._gram_ends.numel() == 0 else self._gram_ends + gram
-            self._ends = []
+        size = 0 if self._gram_ends.numel() else min(width, _END_ROWS)
+        self._end_buffer = self._end_sums.new_empty(size, width, dtype=torch.float32)
+        self._num_ends = 0
 
     def _end_rows(self) -> Tensor:
-        """(sequences, (reach + decays) · d_f) float32, as one tensor."""
-        if len(self._ends) != 1:
-            empty = self._gram_ends.new_empty(0, self._end_sums.numel(), dtype=torch.float32)
-            self._ends = [torch.cat([empty, *self._ends])]
-        return self._ends[0]
+        """(sequences, (reach + decays) · d_f) float32, unless in the Gram matrix."""
+        return self._end_buffer[: self._num_ends]
 
     def merge(self, other: MemoryAccumulator) -> None:
         """Adds the sequences of another accumulator of the same dimensions, lags and decays."""
@@ -349,8 +360,7 @@ class MemoryAccumulator:
         if other._gram_ends.numel() > 0:
             gram = other._gram_ends.to(self.device)
             self._gram_ends = gram + self._gram_ends if self._gram_ends.numel() else gram.clone()
-        self._ends.append(other._end_rows().to(self.device, copy=True))
-        self._fold_ends()
+        self._add_ends(other._end_rows().to(self.device))
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Adds up the accumulators of all processes of a torch.distributed group."""
@@ -376,8 +386,9 @@ class MemoryAccumulator:
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in counts]
         distributed.all_gather(gathered, padded, group=group)
-        self._ends = [part[:count] for part, count in zip(gathered, counts)]
-        self._fold_ends()
+        self._drop_end_rows()
+        for part, count in zip(gathered, counts):
+            self._add_ends(part[:count])
 
     def to(self, device: torch.device | str) -> MemoryAccumulator:
         """A copy on another device."""
@@ -416,7 +427,8 @@ class MemoryAccumulator:
         for name, tensor in self._added().items():
             tensor.copy_(state[name])
         self._gram_ends = state["gram_ends"].to(self.device, copy=True)
-        self._ends = [state["ends"].to(self.device, copy=True)]
+        self._end_buffer = state["ends"].to(self.device, copy=True)
+        self._num_ends = len(self._end_buffer)
 
     def moments(
         self,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,39 @@ def test_unknown_settings_of_the_build_are_refused():
         result = run_setup(TORCH_CUDA_ARCH_LIST="7.5")
         if "no CUDA kernels" not in result.stderr:
             assert result.returncode != 0 and "versions from 8.0 on" in result.stderr
+
+
+def source_files(root: Path) -> list[str]:
+    """Everything that is tracked; without git, everything that no build left there."""
+    if shutil.which("git") and (root / ".git").exists():
+        command = ["git", "-C", str(root), "ls-files"]
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return [name for name in names if (root / name).is_file()]
+    folders = [p for p in ("csrc", "nbl_kernels", "python", "tests") if (root / p).is_dir()]
+    found = [*root.glob("*.*"), *(path for p in folders for path in (root / p).rglob("*"))]
+    left = {".so", ".pyc"}
+    return [str(p.relative_to(root)) for p in found if p.is_file() and p.suffix not in left]
+
+
+def test_the_source_distribution_is_complete(tmp_path):
+    root = Path(__file__).parents[1]
+    if not (root / "setup.py").is_file():
+        pytest.skip("runs from the source folder only")
+    names = source_files(root)
+    copy = tmp_path / "copy"  # of the sources alone: setuptools adds what an earlier build listed
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, copy / name)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=300)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        packed = {member.name.partition("/")[2] for member in file if member.isfile()}
+    needed = {n for n in names if n.startswith(("csrc/", "nbl_kernels/", "python/", "tests/"))}
+    assert "csrc/include/nbl/cuda/gram.cuh" in needed
+    assert "python/nbl/demo/model/model.safetensors" in needed
+    assert not needed - packed
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"} <= packed
 
 
 def test_architectures_become_code_for_them_and_ptx():
