@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from nbl import demo
+from nbl import demo, pipeline
+from nbl.pipeline import disagreements
 from nbl_cli import app as cli
+from nbl_cli import options
 from nbl_cli.output import new_folder, write_file, write_record
-from nbl_cli.scores import disagreements
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
@@ -32,6 +33,11 @@ COMMANDS = (
     "doctor",
 )
 TEXT = "".join(f"def f{i}(x):\n    return {i} * x + {i * i % 97}\n" for i in range(400))
+
+
+def test_defaults_are_those_of_the_pipeline():
+    for name in ("LOSS_TOKENS", "CALIBRATION_TOKENS"):
+        assert getattr(options, name) == getattr(pipeline, name)
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,14 @@ from .linearize import drop, linearize, restore
 from .memory import Memory
 from .optimize import optimize, weight_bytes
 from .perplexity import Perplexity, perplexity
+from .pipeline import Compressed, compress
 from .runner import DraftReport, Runner, draft_model
 from .upstream import warn_untested
 
 __all__ = [
     "CacheBytes",
     "Calibration",
+    "Compressed",
     "DraftReport",
     "LayerScore",
     "Memory",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "cache_bytes",
     "calibrate",
+    "compress",
     "draft_model",
     "drop",
     "linearize",

@@ -3,8 +3,7 @@
     app       the application: errors, --json, exit codes
     options   options that several commands share, their defaults, and their parsing
     commands  one function for each command
-    pipeline  what commands do between their options and their tables: calibrate, choose, measure
-    models    a model found, loaded, tried to be saved, saved; its text; its record
+    models    a model found, loaded, run, saved; its text; its record
     streams   our consoles, and where other libraries' output goes
     show      tables and progress bars
     scores    what the scores of layers say
@@ -13,6 +12,6 @@
     output    files and folders that are whole or absent
 
 The package is outside of `nbl` because importing that registers model types with transformers. What
-needs torch, transformers or nbl is imported inside the commands that use it: `pipeline`, `models`
-and `cases` by those, `report` by the two that draw. So `--help` and `nbl report` need none of them.
+needs torch, transformers or nbl is imported inside the commands that use it: `models` and `cases`
+by those, `report` by the two that draw. So `--help` and `nbl report` need none of them.
 """

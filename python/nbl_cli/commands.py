@@ -16,7 +16,6 @@ from rich.text import Text
 from .options import (
     CALIBRATION_TOKENS,
     LOSS_TOKENS,
-    PAPER,
     BatchSize,
     ChooseDecays,
     Criterion,
@@ -40,7 +39,7 @@ from .options import (
     parse_memory,
 )
 from .output import check_file, new_folder, write_file, write_record
-from .scores import disagreements, order
+from .scores import order
 from .show import (
     done,
     has_matplotlib,
@@ -50,6 +49,7 @@ from .show import (
     show_facts,
     show_points,
     show_scores,
+    show_step,
 )
 from .streams import err, out
 
@@ -80,9 +80,11 @@ def calibrate(
 
     Example: `nbl calibrate meta-llama/Llama-3.2-1B --text book.txt notes/ -o cal`
     """
-    from nbl import measure, saving
+    import nbl
+    from nbl import measure, pipeline, saving
+    from nbl.text import count_tokens
 
-    from . import models, pipeline
+    from . import models
 
     start = time.perf_counter()
     remembered = parse_memory(memory, lags, decays, choose_decays)
@@ -90,21 +92,33 @@ def calibrate(
         loaded, tokenizer = models.load(model, dtype, device)
         limit = max_tokens or CALIBRATION_TOKENS
         documents, sources = models.read_texts(model, text, limit)
-        plan = pipeline.Plan(features or "post-norm", None, length, batch_size, limit, remembered)
-        batches = plan.batches(loaded, tokenizer, documents)
-        needed = saving.moment_bytes(
-            loaded, plan.features, plan.memory, sequences=sum(map(len, batches))
-        )
+        features = features or "post-norm"
+        sizes = {"length": length, "batch_size": batch_size, "max_tokens": limit}
+        batches = pipeline.make_batches(loaded, tokenizer, documents, **sizes)
+        needed = saving.moment_bytes(loaded, features, remembered, sequences=sum(map(len, batches)))
         saving.check_space(folder, needed)
         if checkpoint is not None:
             checkpoint.mkdir(parents=True, exist_ok=True)
             saving.check_space(checkpoint, needed)
         record = models.new_record("calibrate", model, loaded)
-        calibration = plan.calibrate(loaded, batches, checkpoint=checkpoint)
+        with progress() as watch:
+            calibration = nbl.calibrate(
+                loaded,
+                watch(batches, "calibrating"),
+                features=features,
+                memory=remembered,
+                progress=False,
+                checkpoint=checkpoint,
+            )
         scores = measure.score_layers(calibration)
         calibration.save(folder)
         record |= {
-            "calibration": pipeline.calibration_part(plan, batches, sources),
+            "calibration": {
+                "text": sources,
+                "tokens": count_tokens(batches),
+                "length": batches[0].shape[1],
+                "features": features,
+            },
             "scores": scores,
             "seconds": time.perf_counter() - start,
         }
@@ -141,24 +155,24 @@ def rank(
     if text and not model:
         raise ValueError("model: expected --model with --text, which the criterion loss needs")
     import nbl
-    from nbl import measure
+    from nbl import measure, pipeline
 
-    from . import models, pipeline
+    from . import models
 
     found = nbl.Calibration.load(calibration)
     loaded = batches = None
     if model:
         loaded, tokenizer = models.load(model, dtype, device)
         documents, _ = models.read_texts(model, text, max_tokens)
-        plan = pipeline.Plan(found.features, None, length, batch_size, max_tokens)
-        batches = plan.batches(loaded, tokenizer, documents)
+        sizes = {"length": length, "batch_size": batch_size, "max_tokens": max_tokens}
+        batches = pipeline.make_batches(loaded, tokenizer, documents, **sizes)
     with progress() as watch:
         scores = measure.score_layers(
             found,
             model=loaded,
             batches=batches and watch(batches, "measuring the loss", passes=len(found.layers) + 1),
         )
-    notes = disagreements(scores)
+    notes = pipeline.disagreements(scores)
     show_scores(scores)
     for sentence in notes:
         note(sentence)
@@ -246,106 +260,68 @@ def compress(
     `nbl compress demo --layers 6 --memory --rank 24 --eval -o demo-memory-6`
     """
     import nbl
-    from nbl.text import count_tokens, load_texts, split_documents
+    from nbl import pipeline
+    from nbl.text import load_texts
 
-    from . import models, pipeline
+    from . import models
 
     start = time.perf_counter()
-    evaluate = evaluate or sweep or bool(eval_text)
     remembered = parse_memory(memory, lags, decays, choose_decays)
-    if drop and (memory or sequential):
-        raise ValueError(
-            "drop: expected neither --memory nor --sequential beside it: no map is fitted"
-        )
-    if refit_mlp and not sequential:
-        raise ValueError("refit-mlp: expected --sequential beside it")
-    if sequential and sweep:
-        raise ValueError("sequential: expected no --sweep: its maps are for one number of layers")
     with new_folder(output, overwrite=overwrite) as folder:
         given = nbl.Calibration.load(calibration) if calibration else None
-        plan = pipeline.Plan.from_options(
-            preset,
-            features,
-            criterion,
-            length,
-            batch_size,
-            max_tokens,
-            drop,
-            given,
-            has_text=bool(text) or model == "demo",
-            memory=remembered,
-        )
         loaded, tokenizer = models.load(model, dtype, device)
-        if nbl.linearized_layers(loaded):
-            raise ValueError(
-                f"model: expected one with all its attention layers, but {model!r} is compressed "
-                "already: start from the original"
-            )
         asked = parse_layers(layers, loaded.config.num_hidden_layers)
-        if rank is not None and rank > loaded.config.hidden_size:
-            raise ValueError(
-                f"rank: expected at most {loaded.config.hidden_size}, the model's width, got {rank}"
-            )
         maps = 0 if drop else asked if isinstance(asked, int) else len(asked)
-        models.prepare_saving(loaded, tokenizer, folder, maps, plan.memory, rank)
-        need_text = given is None or plan.criterion == "loss" or sequential
-        documents, sources = (
-            models.read_texts(model, text, plan.max_tokens)
-            if (need_text or (evaluate and not eval_text))
-            else ([], [])
-        )
-        held_out, eval_sources = [], eval_text
-        if evaluate and (eval_text or model == "demo"):
-            eval_sources = eval_text or ["demo:test"]
-            held_out = load_texts(eval_sources, max_chars=8 * eval_tokens)
-        elif evaluate:
-            if given is not None:
-                raise ValueError(
-                    "eval-text: expected with --calibration, as nbl cannot know which part of the "
-                    "text the calibration has not seen"
-                )
-            documents, held_out = split_documents(documents)
-            eval_sources = [f"held out of {source}" for source in sources]
-        batches = plan.batches(loaded, tokenizer, documents) if documents else []
-        eval_batches = plan.batches(loaded, tokenizer, held_out, eval_tokens) if held_out else None
-        notes = []
-        if preset and given is None and count_tokens(batches) < PAPER["max_tokens"]:
-            notes = [
-                f"preset paper: expected {PAPER['max_tokens']:,} tokens (256 x 2048), "
-                f"calibrating on {count_tokens(batches):,}"
-            ]
-
+        own = remembered if given is None else given.memory
+        models.prepare_saving(loaded, tokenizer, folder, maps, own, rank)
         record = models.new_record("compress", model, loaded)
-        found = given or plan.calibrate(loaded, batches)
-        measured, maps, found = pipeline.choose_and_measure(
-            loaded,
-            found,
-            plan,
-            asked,
-            batches,
-            eval_batches,
-            bias=bias,
-            ridge=ridge,
-            rank=rank,
-            drop=drop,
-            sweep=sweep,
-            sequential=sequential,
-            refit_mlp=refit_mlp,
-        )
-        record |= measured
-        record["notes"] += notes
-        record["calibration"] = (
-            pipeline.calibration_part(plan, batches, sources)
-            if given is None
-            else {"folder": str(calibration), "features": found.features}
-        )
-        if eval_batches:
-            record["evaluation"] = pipeline.evaluation_part(eval_batches, eval_sources)
-        chosen = record["choice"]["layers"]
-        if drop:
-            nbl.drop(loaded, chosen)
-        else:
-            nbl.linearize(loaded, found, chosen, bias=bias, rank=rank, maps=maps)
+        documents, sources = [], []
+        if given is None or text or model == "demo":
+            most = max_tokens or (pipeline.PAPER["max_tokens"] if preset else CALIBRATION_TOKENS)
+            documents, sources = models.read_texts(model, text, most)
+        eval_sources = eval_text or (["demo:test"] if model == "demo" else [])
+        evaluate = evaluate or sweep or bool(eval_text)
+        held_out = None
+        if evaluate and eval_sources:
+            held_out = load_texts(eval_sources, max_chars=8 * eval_tokens)
+        elif evaluate and given is not None:
+            raise ValueError(
+                "eval-text: expected with --calibration, as nbl cannot know which part of the text "
+                "the calibration has not seen"
+            )
+        elif evaluate:
+            eval_sources = [f"held out of {source}" for source in sources]
+        with progress() as watch:
+            compressed = nbl.compress(
+                loaded,
+                tokenizer,
+                documents,
+                layers=asked,
+                preset=preset,
+                criterion=criterion,
+                features=features,
+                memory=remembered,
+                ridge=ridge,
+                bias=bias,
+                rank=rank,
+                sequential=sequential,
+                refit_mlp=refit_mlp,
+                drop=drop,
+                calibration=given,
+                evaluate=evaluate,
+                eval_text=held_out,
+                eval_tokens=eval_tokens,
+                sweep=sweep,
+                max_tokens=max_tokens,
+                length=length,
+                batch_size=batch_size,
+                watch=watch,
+                say=show_step,
+            )
+        chosen = compressed.layers
+        record |= models.compressed_part(compressed, sources, eval_sources)
+        if given is not None:
+            record["calibration"] = {"folder": str(calibration), "features": given.features}
         models.save(loaded, folder, record, start)
     show_scores(record["scores"], chosen)
     show_points(record)
@@ -382,14 +358,14 @@ def _eval(
     Example: `nbl eval llama-nbl-6 --text dataset:wikitext:wikitext-2-raw-v1:test`
     """
     import nbl
-    from nbl import measure
+    from nbl import measure, pipeline
 
-    from . import models, pipeline
+    from . import models
 
     loaded, tokenizer = models.load(model, dtype, device, weights)
     documents, sources = models.read_texts(model, text, max_tokens, demo_split="test")
-    plan = pipeline.Plan(None, None, length, batch_size, max_tokens)
-    batches = plan.batches(loaded, tokenizer, documents)
+    sizes = {"length": length, "batch_size": batch_size}
+    batches = pipeline.make_batches(loaded, tokenizer, documents, **sizes, max_tokens=max_tokens)
     start = time.perf_counter()
     with progress() as watch:
         found = nbl.perplexity(loaded, watch(batches, "evaluating"))
@@ -450,16 +426,17 @@ def generate(
     Example: `nbl generate llama-nbl-6 --prompt "The residual stream" --temperature 0.7`
     """
     import torch
+    from nbl.pipeline import length_limit
     from nbl.text import load_texts
 
-    from . import models, pipeline
+    from . import models
 
     prompt = load_texts(["-"])[0] if prompt == "-" else prompt
     loaded, tokenizer = models.load(model, dtype, device, weights)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not prompt or not ids.numel():
         raise ValueError("prompt: expected some text, got none")
-    limit = models.length_limit(loaded)
+    limit = length_limit(loaded)
     if ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"max-new-tokens: expected at most {max(0, limit - ids.shape[1])} after a prompt of "
@@ -475,7 +452,7 @@ def generate(
             "top_p": top_p or 1e-9,
             "top_k": top_k,
         }
-    result = pipeline.continue_text(loaded, tokenizer, ids, max_new_tokens, stream=True, **sampling)
+    result = models.continue_text(loaded, tokenizer, ids, max_new_tokens, stream=True, **sampling)
     result = {"model": model, "prompt": prompt, **result, "seed": seed, "weights": weights}
     speed = result["decode_tokens_per_second"]
     err.print(
@@ -593,6 +570,7 @@ def bench(
         check_file(output, overwrite=overwrite)
     import nbl
     from nbl import benchmark
+    from nbl.pipeline import length_limit
 
     from . import cases, models
 
@@ -600,7 +578,7 @@ def bench(
     batches, contexts = parse_counts("batch", batch, 1), parse_counts("context", context, 2)
     counts = None if layers is None else parse_counts("layers", layers, 0)
     loaded, _ = models.load(model, dtype, device)
-    limit = models.length_limit(loaded)
+    limit = length_limit(loaded)
     if max(contexts) > limit:
         raise ValueError(f"context: expected at most {limit}, the model's, got {max(contexts)}")
     own, total = len(nbl.linearized_layers(loaded)), loaded.config.num_hidden_layers
@@ -645,52 +623,60 @@ def demo(
     Example: `nbl demo`
     """
     import nbl
-    from nbl.text import count_tokens, load_texts
+    from nbl.text import load_texts
 
-    from . import models, pipeline, report
+    from . import models, report
 
     start = time.perf_counter()
     with new_folder(output, overwrite=overwrite) as folder:
         loaded, tokenizer = models.load("demo", "auto", "cpu")
         count = loaded.config.num_hidden_layers
         models.prepare_saving(loaded, tokenizer, folder, count)
-        plan = pipeline.Plan("post-norm", "loss", None, None, 98_304)
-        batches = plan.batches(loaded, tokenizer, load_texts(["demo:calibration"]))
-        eval_batches = plan.batches(loaded, tokenizer, load_texts(["demo:test"]), 16_384)
         record = models.new_record("demo", "demo", loaded)
         show_facts(
             {
                 "model": f"{count} layers of width {loaded.config.hidden_size}, "
-                f"{record['model']['parameters']:,} parameters, trained on Python's own docs",
-                "calibration": f"{count_tokens(batches):,} tokens",
-                "held out": f"{count_tokens(eval_batches):,} tokens of other files",
+                f"{record['model']['parameters']:,} parameters, trained on Python's own docs"
             }
         )
-        found = plan.calibrate(loaded, batches)
-        measured, maps, _ = pipeline.choose_and_measure(
-            loaded, found, plan, count - 2, batches, eval_batches, sweep=True
+        name, prompt = f"NBL-{count // 2}", "open(file, mode='r')\nOpen the file and return"
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        sample = functools.partial(
+            models.continue_text, loaded, tokenizer, ids, 48, do_sample=False
         )
-        record |= measured
-        record["calibration"] = pipeline.calibration_part(plan, batches, ["demo:calibration"])
-        record["evaluation"] = pipeline.evaluation_part(eval_batches, ["demo:test"])
+        texts = {"dense": sample()["text"]}
+        with progress() as watch:
+            compressed = nbl.compress(
+                loaded,
+                tokenizer,
+                load_texts(["demo:calibration"]),
+                layers=count - 2,
+                eval_text=load_texts(["demo:test"]),
+                eval_tokens=16_384,
+                sweep=True,
+                max_tokens=98_304,
+                watch=watch,
+                say=show_step,
+            )
+        record |= models.compressed_part(compressed, ["demo:calibration"], ["demo:test"])
+        show_facts(
+            {
+                "calibration": f"{compressed.text['tokens']:,} tokens",
+                "held out": f"{compressed.evaluation['tokens']:,} tokens of other files",
+            }
+        )
         show_scores(record["scores"])
         for sentence in record["notes"]:
             note(sentence)
         show_points(record)
 
-        half = record["choice"]["layers"][: count // 2]
+        half = compressed.layers[: count // 2]
         record["choice"]["layers"] = half
-        name, prompt = f"NBL-{len(half)}", "open(file, mode='r')\nOpen the file and return"
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        sample = functools.partial(
-            pipeline.continue_text, loaded, tokenizer, ids, 48, do_sample=False
-        )
-        texts = {"dense": sample()["text"]}
-        nbl.linearize(loaded, found, half, maps=maps)  # what is saved
+        nbl.linearize(nbl.restore(loaded), compressed.calibration, half, maps=compressed.maps)
         texts[name] = sample()["text"]
         record["samples"] = {"prompt": prompt, "continuations": texts}
         show_facts({"prompt": escape(prompt), **{k: escape(v) for k, v in texts.items()}})
-        models.save(loaded, folder, record, start, reload_with=eval_batches[0][:1])
+        models.save(loaded, folder, record, start, reload_with=ids)
         if has_matplotlib():
             (folder / report.HTML).write_bytes(report.render_html(record).encode())
     out.print(

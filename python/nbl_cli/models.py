@@ -1,8 +1,9 @@
-"""A model of the command line: found, loaded, tried to be saved, saved; its text; its record."""
+"""A model of the command line: found, loaded, run, saved; its text; its record."""
 
 import datetime
 import time
 from pathlib import Path
+from typing import Any
 
 import nbl
 import torch
@@ -12,7 +13,7 @@ from nbl.selfcheck import check_installed
 from nbl.text import Document, load_texts
 
 from .output import write_record
-from .streams import err
+from .streams import err, out
 
 
 def load(name: str, dtype: str, device: str, weights: str | None = None):
@@ -61,11 +62,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def length_limit(model) -> int:
-    """The longest sequence the model was made for."""
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
-
-
 def read_texts(
     model: str, text: list[str] | None, max_tokens: int | None, demo_split: str = "calibration"
 ) -> tuple[list[Document], list[str]]:
@@ -104,4 +100,59 @@ def new_record(command: str, name: str, model) -> dict:
         "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "model": measure.describe_model(model, name),
         "conditions": conditions(str(model.device), str(model.dtype).removeprefix("torch.")),
+    }
+
+
+def compressed_part(
+    compressed: nbl.Compressed, sources: list[str], eval_sources: list[str]
+) -> dict[str, Any]:
+    """What a record says of a compressed model, and of the texts that were read."""
+    part = {
+        "scores": compressed.scores,
+        "choice": dict(compressed.choice),
+        "notes": compressed.notes,
+        "points": compressed.points,
+    }
+    if compressed.text is not None:
+        features = {"features": compressed.calibration.features}
+        part["calibration"] = {"text": sources, **compressed.text, **features}
+    if compressed.evaluation is not None:
+        part["evaluation"] = {"text": eval_sources, **compressed.evaluation}
+        part["speed"] = compressed.speed
+    return part
+
+
+class _Printer(transformers.TextStreamer):
+    """Prints where results go, not to sys.stdout, which libraries write to."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, end="\n" if stream_end else "", file=out.file, flush=True)
+
+
+def continue_text(
+    model, tokenizer, ids, max_new_tokens: int, *, stream: bool = False, **sampling
+) -> dict:
+    """Generates; with `stream`, prints the text as it grows."""
+    printer = _Printer(tokenizer, skip_special_tokens=True)
+    watch = measure.Stopwatch(printer.put if stream else None)
+    ids = ids.to(model.device)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with torch.inference_mode():
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=0 if pad is None else pad,
+            streamer=watch,
+            **sampling,
+        )
+    if stream:
+        printer.end()
+    new = tokens[0, ids.shape[1] :]
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "prefill_tokens_per_second": ids.shape[1] / watch.prefill,
+        "decode_tokens_per_second": watch.decode and 1 / watch.decode,
     }

@@ -10,9 +10,9 @@ import typer
 if TYPE_CHECKING:
     import nbl
 
-LOSS_TOKENS = 16_384  # of the calibration text, one pass per layer: enough for a stable order
-CALIBRATION_TOKENS = 262_144  # 64 per feature dimension at width 4096
-PAPER = {"features": "pre-norm", "criterion": "cca", "length": 2048, "max_tokens": 256 * 2048}
+# Those of nbl.pipeline, which --help does not import.
+LOSS_TOKENS = 16_384
+CALIBRATION_TOKENS = 262_144
 
 Model = Annotated[
     str,

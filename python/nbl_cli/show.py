@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -24,7 +24,8 @@ from .streams import err, out
 
 
 class Bars:
-    """Progress bars in tokens: wraps batches so that reading them moves a bar."""
+    """Progress bars in tokens: wraps batches so that reading them moves a bar; what nbl.compress
+    takes as `watch`."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
@@ -32,18 +33,6 @@ class Bars:
     def __call__(self, batches: list, what: str, passes: int = 1) -> "_Watched":
         """A bar for so many passes over the batches."""
         return _Watched(self._progress, self._add(batches, what, passes), batches)
-
-    def together(self, what: str, passes: int) -> Callable:
-        """One bar for about so many passes over the same batches, each named while it runs."""
-        task = None
-
-        def watch(batches: list, name: str) -> _Watched:
-            nonlocal task
-            task = self._add(batches, what, passes) if task is None else task
-            self._progress.update(task, description=name)
-            return _Watched(self._progress, task, batches)
-
-        return watch
 
     def _add(self, batches: list, what: str, passes: int):
         self._progress.start()
@@ -85,11 +74,16 @@ def progress() -> Iterator[Bars]:
     progress = Progress(*columns, console=err, redirect_stdout=False, redirect_stderr=False)
     try:
         yield Bars(progress)
-        for task in progress.tasks:  # a shared bar may have needed fewer passes than were planned
+        for task in progress.tasks:  # some need fewer passes than were planned
             progress.update(task.id, total=task.completed, description=task.fields["what"])
     finally:
         if progress.tasks:
             progress.stop()
+
+
+def show_step(sentence: str) -> None:
+    """What takes its time without a bar."""
+    err.print(sentence, style="dim")
 
 
 def show_scores(scores: dict[str, list], chosen: Iterable[int] = ()) -> None:

@@ -1,0 +1,383 @@
+"""compress: from a model and a text to a compressed model, and what that costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import nbl_kernels as nk
+
+from . import measure
+from .calibration import CRITERIA, Calibration, calibrate
+from .checks import check_layers, check_model, check_no_draft
+from .layers.spec import linearized_layers
+from .linearize import drop as drop_attention
+from .linearize import linearize
+from .memory import Memory
+from .selfcheck import check_installed
+from .text import Document, count_tokens, split_documents, token_batches
+
+__all__ = [
+    "CALIBRATION_TOKENS",
+    "LOSS_TOKENS",
+    "PAPER",
+    "Compressed",
+    "compress",
+    "disagreements",
+    "length_limit",
+    "make_batches",
+]
+
+LOSS_TOKENS = 16_384  # of the calibration text, one pass per layer: enough for a stable order
+CALIBRATION_TOKENS = 262_144  # 64 per feature dimension at width 4096
+EVALUATION_TOKENS = 65_536
+# The recipe of arXiv 2505.21077: 256 sequences of 2048 tokens.
+PAPER = {"features": "pre-norm", "criterion": "cca", "length": 2048, "max_tokens": 256 * 2048}
+
+# (batches, what is done, passes over them): the batches, read any number of times.
+Watch = Callable[[list[Tensor], str, int], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What :func:`compress` did and measured.
+
+    model: the model that was given, compressed in place; :func:`nbl.restore` undoes it.
+    layers: the ids of the replaced layers, the first to be replaced first.
+    scores: {criterion: the score of layer 0, 1, …}, None for a layer that was not calibrated.
+    choice: how they were chosen and fitted (method, criterion, features, bias, rank, ridge, …).
+    points: one dict for the dense model and one for each choice of layers (just `layers`, or with
+        `sweep` the first, the first two, …): layers, kv_bytes_per_token, with a memory state_bytes;
+        where it was evaluated perplexity, drop and drop_same, prefill and decode (tokens/s).
+    notes: sentences for the user: criteria that disagree, a text that is short for the preset.
+    calibration, maps: what was measured, and the maps of these layers, {layer: nk.Lmmse}.
+    text, evaluation: {"tokens", "length"} of the batches that were read; None: none were.
+    speed: how prefill and decode were measured, or None.
+    """
+
+    model: PreTrainedModel
+    layers: list[int]
+    scores: dict[str, list[float | None]]
+    choice: dict[str, Any]
+    points: list[dict[str, Any]]
+    notes: list[str]
+    calibration: Calibration
+    maps: dict[int, nk.Lmmse]
+    text: dict[str, int] | None = None
+    evaluation: dict[str, int] | None = None
+    speed: dict[str, int] | None = None
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: Iterable[Document] | None,
+    *,
+    layers: int | Iterable[int],
+    preset: Literal["paper"] | None = None,
+    criterion: str | None = None,
+    features: str | None = None,
+    memory: Memory | None = None,
+    ridge: float = 1e-4,
+    bias: bool = True,
+    rank: int | None = None,
+    sequential: bool = False,
+    refit_mlp: bool = False,
+    drop: bool = False,
+    calibration: Calibration | None = None,
+    evaluate: bool = False,
+    eval_text: Iterable[Document] | None = None,
+    eval_tokens: int = EVALUATION_TOKENS,
+    sweep: bool = False,
+    max_tokens: int | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Compressed:
+    """Calibrates, ranks, replaces attention layers by linear maps, in place, and measures.
+
+    What ``nbl compress`` does::
+
+        done = nbl.compress(model, tokenizer, nbl.text.load_texts(["book.txt"]), layers=12)
+        done.model.save_pretrained(OUT), tokenizer.save_pretrained(OUT)
+
+    Args:
+        model: a supported causal LM with all its attention layers, in memory, on one device.
+        tokenizer: of the model.
+        text: documents, strings or chats (:func:`nbl.text.load_texts`), to calibrate on. None or
+            empty: with a `calibration` and a criterion that reads none.
+        layers: how many, or which.
+        preset: "paper": pre-norm features, criterion "cca", 256 sequences of 2048 tokens, where
+            nothing else is given.
+        criterion: see :meth:`nbl.Calibration.rank`. Default: "loss" (on the first 16,384 tokens of
+            the text); without text "residual"; with `drop` "cosine".
+        features, memory: see :func:`nbl.calibrate`; of a `calibration` that is given, its own.
+        ridge, bias, rank: of the maps, see :meth:`nbl.Calibration.solve`.
+        sequential, refit_mlp: see :func:`nbl.linearize`.
+        drop: only remove the attention: the baseline.
+        calibration: use this instead of calibrating.
+        evaluate: measure perplexity and speed, beside the dense model and beside dropping: on
+            `eval_text`, or on a tenth of the documents, which the calibration then does not see.
+        eval_tokens: at most so many of them.
+        sweep: measure every number of layers up to `layers`.
+        max_tokens: read at most so many tokens. Default 262,144.
+        length, batch_size: tokens per sequence (default 2048, or the model's limit), sequences per
+            batch (default about 2048 tokens).
+        watch: called with (batches, what is done, passes) before batches are read so many times,
+            returns what is read: for progress bars.
+        say: called with a sentence where something without batches takes its time.
+
+    Raises:
+        ValueError, TypeError: naming the argument; the model is then what it was.
+        RuntimeError: under a version of transformers that goes wrong (:mod:`nbl.selfcheck`).
+    """
+    check_installed()
+    check_model(model)
+    check_no_draft(model)
+    if linearized_layers(model):
+        raise ValueError(
+            "model: expected one with all its attention layers, but it is compressed already: "
+            "start from the original"
+        )
+    if drop and (memory is not None or sequential):
+        raise ValueError("drop: expected neither memory nor sequential beside it: no map is fitted")
+    if refit_mlp and not sequential:
+        raise ValueError("refit_mlp: expected sequential beside it")
+    if sequential and sweep:
+        raise ValueError("sequential: expected no sweep: its maps are for one number of layers")
+    if rank is not None and rank > model.config.hidden_size:
+        raise ValueError(
+            f"rank: expected at most {model.config.hidden_size}, the model's width, got {rank}"
+        )
+    by_number = isinstance(layers, int) and not isinstance(layers, bool)
+    if by_number and not 1 <= layers <= model.config.num_hidden_layers:
+        raise ValueError(
+            f"layers: expected a number from 1 to {model.config.num_hidden_layers}, got {layers}"
+        )
+    if not by_number:
+        layers = check_layers(model, layers)
+    if preset not in (None, "paper"):
+        raise ValueError(f"preset: expected None or 'paper', got {preset!r}")
+    recipe = PAPER if preset else {}
+    features = features or recipe.get("features")
+    if calibration is not None:
+        calibration.check_model(model)
+        for name, asked in (("features", features), ("memory", memory)):
+            own = getattr(calibration, name)
+            if asked is not None and asked != own:
+                raise ValueError(f"{name}: expected {own}, as the calibration has, got {asked}")
+        features, memory = calibration.features, calibration.memory
+    documents = list(text or ())
+    fallback = "cosine" if drop else "loss" if documents else "residual"
+    criterion = criterion or recipe.get("criterion") or fallback
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    held_out = list(eval_text or ())
+    if (evaluate or sweep) and not held_out:
+        if calibration is not None:
+            raise ValueError(
+                "eval_text: expected with a calibration, as nbl cannot know which part of the text "
+                "that one has not seen"
+            )
+        documents, held_out = split_documents(documents)
+    needs_text = calibration is None or sequential or (by_number and criterion == "loss")
+    if needs_text and not documents:
+        raise ValueError("text: expected documents to read, got none")
+    watch = watch or (lambda batches, what, passes: batches)
+    say = say or (lambda sentence: None)
+    of_model = functools.partial(make_batches, model, tokenizer, batch_size=batch_size)
+    most = max_tokens or recipe.get("max_tokens") or CALIBRATION_TOKENS
+    batches = of_model(documents, length=length, max_tokens=most) if needs_text else []
+    eval_batches = of_model(held_out, length=length, max_tokens=eval_tokens) if held_out else []
+    notes = []
+    if preset and calibration is None and count_tokens(batches) < PAPER["max_tokens"]:
+        notes = [
+            f"preset paper: expected {PAPER['max_tokens']:,} tokens (256 x 2048), "
+            f"calibrating on {count_tokens(batches):,}"
+        ]
+
+    if calibration is None:
+        read = watch(batches, "calibrating", 1)
+        options = {"features": features or "post-norm", "memory": memory, "progress": False}
+        calibration = calibrate(model, read, **options)
+    fitted = {"ridge": ridge, "bias": bias, "rank": rank}
+    sample = None
+    if by_number and criterion == "loss":
+        sample = watch(_first(batches, LOSS_TOKENS), "ranking layers", len(calibration.layers) + 1)
+    scores = measure.score_layers(calibration, model=model, batches=sample, **fitted)
+    chosen = _order(scores[criterion])[:layers] if by_number else layers
+    if sequential:
+        read = watch(batches, "fitting layer by layer", 1)
+        own = {"features": calibration.features, "memory": calibration.memory, "layers": chosen}
+        rules = {"sequential": True, "refit_mlp": refit_mlp, "progress": False}
+        calibration = calibrate(model, read, **own, **rules, **fitted)
+    maps = calibration.solve(**fitted, layers=chosen)
+    choice = {
+        "method": "drop" if drop else "nbl",
+        "layers": chosen,
+        "criterion": criterion if by_number else "the user",
+    }
+    if not drop:
+        choice |= _fit(calibration, maps, fitted, sequential=sequential, refit_mlp=refit_mlp)
+    if by_number:
+        notes = disagreements(scores, None if sweep else len(chosen)) + notes
+    points, speed = _measure(
+        model,
+        calibration,
+        [chosen[:m] for m in range(1, len(chosen) + 1)] if sweep else [chosen],
+        _order(scores["cosine"]),
+        eval_batches,
+        {"bias": bias, "rank": rank, "maps": maps},
+        drop=drop,
+        watch=watch,
+        say=say,
+    )
+    if drop:
+        drop_attention(model, chosen)
+    else:
+        linearize(model, calibration, chosen, bias=bias, rank=rank, maps=maps)
+    return Compressed(
+        model=model,
+        layers=chosen,
+        scores=scores,
+        choice=choice,
+        points=points,
+        notes=notes,
+        calibration=calibration,
+        maps=maps,
+        text=_size(batches),
+        evaluation=_size(eval_batches),
+        speed=speed,
+    )
+
+
+def length_limit(model: PreTrainedModel) -> int:
+    """The longest sequence the model was made for."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def make_batches(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    documents: Iterable[Document],
+    *,
+    length: int | None = None,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+) -> list[Tensor]:
+    """:func:`nbl.text.token_batches` of the length and size that suit the model: 2048 tokens, or
+    its limit, and about 2048 tokens a batch."""
+    limit = length_limit(model)
+    length = length or min(PAPER["length"], limit)
+    if length > limit:
+        raise ValueError(f"length: expected at most {limit}, the model's limit, got {length}")
+    sizes = {"length": length, "batch_size": batch_size or max(1, 2048 // length)}
+    return token_batches(tokenizer, documents, **sizes, max_tokens=max_tokens)
+
+
+def disagreements(scores: dict[str, list[float | None]], count: int | None = None) -> list[str]:
+    """A sentence for each criterion whose first `count` layers (default: half) are mostly others.
+
+    Compared is with "loss", which measures what the others estimate, or else with "residual".
+    """
+    reference = "loss" if "loss" in scores else "residual"
+    right = _order(scores[reference])
+    count = count or max(1, len(right) // 2)
+    notes = []
+    for name in scores:
+        first = _order(scores[name])[:count]
+        differ = len(set(first) - set(right[:count]))
+        if differ > count / 4:
+            notes.append(
+                f"{name} and {reference} disagree on {differ} of the first {count} layers: "
+                f"{_ids(first)} by {name}, {_ids(right[:count])} by {reference}"
+            )
+    return notes
+
+
+def _order(scores: Sequence[float | None]) -> list[int]:
+    """The layers that have a score, the first to be replaced first."""
+    known = [layer for layer, score in enumerate(scores) if score is not None]
+    return sorted(known, key=lambda layer: scores[layer])
+
+
+def _ids(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))
+
+
+def _fit(
+    calibration: Calibration, maps: dict[int, nk.Lmmse], fitted: dict[str, Any], **rules: bool
+) -> dict[str, Any]:
+    """What a choice says of its maps."""
+    found = {
+        "features": calibration.features,
+        **fitted,
+        "ridge_used": {layer: float(solved.ridge) for layer, solved in maps.items()},
+        "nmse": {layer: float(solved.nmse) for layer, solved in maps.items()},
+        **rules,
+    }
+    if calibration.memory is not None:
+        found["memory"] = {
+            "lags": calibration.memory.lags,
+            "decays": {layer: solved.decays for layer, solved in maps.items()},
+        }
+    return found
+
+
+def _measure(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    choices: list[list[int]],
+    cosine_order: list[int],
+    eval_batches: list[Tensor],
+    options: dict[str, Any],
+    *,
+    drop: bool,
+    watch: Watch,
+    say: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
+    """(points, how their speed was measured); the model is as it was afterwards."""
+    read = None
+    if eval_batches:
+        read = watch(eval_batches, "measuring perplexity", 1 + 3 * len(choices))
+    points = measure.measure_points(
+        model, calibration, choices, cosine_order, batches=read, options=options, drop=drop
+    )
+    if not eval_batches:
+        return points, None
+    say("measuring speed ...")
+    new_tokens, repetitions = 32, 5
+    prompt = eval_batches[0][:1, : max(1, min(256, length_limit(model) - new_tokens))]
+    variants = [
+        functools.partial(measure.variant, model, calibration, point["layers"], options, drop=drop)
+        for point in points
+    ]
+    sizes = {"new_tokens": new_tokens, "repetitions": repetitions}
+    for point, speed in zip(
+        points, measure.compare_speed(model, variants, prompt, **sizes), strict=True
+    ):
+        point.update(speed)
+    return points, {"prompt_tokens": prompt.shape[1], "batch": 1, **sizes}
+
+
+def _first(batches: list[Tensor], tokens: int) -> list[Tensor]:
+    """Batches that hold about the first so many tokens: whole sequences, at least one."""
+    kept: list[Tensor] = []
+    for batch in batches:
+        left = tokens - count_tokens(kept)
+        if left <= 0:
+            break
+        kept.append(batch[: max(1, left // batch.shape[1])])
+    return kept
+
+
+def _size(batches: list[Tensor]) -> dict[str, int] | None:
+    if not batches:
+        return None
+    return {"tokens": count_tokens(batches), "length": batches[0].shape[1]}

@@ -1,0 +1,164 @@
+"""nbl.compress: it does what calibrate, rank and linearize do; what it measures; refusals."""
+
+from __future__ import annotations
+
+import nbl
+import pytest
+import torch
+from nbl.text import token_batches
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words that are numbers, for the tiny models' vocabulary."""
+    words = {f"w{i}": i for i in range(97)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+
+
+@pytest.fixture(scope="module")
+def documents():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(2, 97, (12, 90), generator=generator).tolist()
+    return [" ".join(f"w{i}" for i in row) for row in rows]
+
+
+@pytest.fixture
+def compress(tiny_model, tokenizer, documents):
+    def run(text=documents, model=None, **options):
+        model = tiny_model() if model is None else model
+        return nbl.compress(model, tokenizer, text, **{"length": 32, "layers": 2} | options)
+
+    return run
+
+
+KINDS = {
+    "defaults": {},
+    "ids": {"layers": [3, 1]},
+    "criterion": {"criterion": "cca", "features": "pre-norm", "bias": False},
+    "memory": {"memory": nbl.Memory(decays=(0.8,)), "rank": 6, "criterion": "residual"},
+    "sequential": {"sequential": True, "refit_mlp": True, "criterion": "residual"},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_calibrate_rank_and_linearize(kind, compress, tiny_model, tokenizer, documents):
+    options = KINDS[kind]
+    done = compress(**options)
+    batches = token_batches(tokenizer, documents, length=32, batch_size=64)
+    seen = {name: options[name] for name in ("features", "memory") if name in options}
+    model = tiny_model()
+    cal = nbl.calibrate(model, batches, progress=False, **seen)
+    rest = {name: value for name, value in options.items() if name not in (*seen, "layers")}
+    rest = {"criterion": "loss"} | rest
+    nbl.linearize(model, cal, options.get("layers", 2), batches=batches, **rest)
+    ids = batches[0][:2]
+    assert torch.equal(done.model(ids).logits, model(ids).logits)
+    assert sorted(done.layers) == nbl.linearized_layers(done.model)
+    assert done.choice["layers"] == done.layers and len(done.layers) == 2
+    assert done.text == {"tokens": sum(b.numel() for b in batches), "length": 32}
+    assert done.evaluation is None and done.speed is None
+    assert set(done.maps) == set(done.layers) and set(done.scores) >= {"residual", "cca"}
+
+
+def test_what_it_measures(compress, tiny_model, tokenizer, documents, tmp_path):
+    """Each point is what one would measure by hand; progress is told of every pass."""
+    seen, said, read = [], [], {}
+
+    def watch(batches, what, passes):
+        class Counted(list):
+            def __iter__(self):
+                read[what] = read.get(what, 0) + 1
+                yield from super().__iter__()
+
+        seen.append(what)
+        read[what, "planned"] = passes
+        return Counted(batches)
+
+    eval_text = documents[:3]
+    done = compress(eval_text=eval_text, sweep=True, watch=watch, say=said.append)
+    assert seen == ["calibrating", "ranking layers", "measuring perplexity"]
+    assert said == ["measuring speed ..."]
+    assert read["ranking layers"] == read["ranking layers", "planned"] == 5
+    assert read["measuring perplexity"] <= read["measuring perplexity", "planned"]
+    assert [point["layers"] for point in done.points] == [[], done.layers[:1], done.layers]
+    eval_batches = token_batches(tokenizer, eval_text, length=32, batch_size=64)
+    for point in done.points:
+        model = tiny_model()
+        if point["layers"]:
+            nbl.linearize(model, done.calibration, point["layers"])
+            dropped = nbl.perplexity(nbl.drop(tiny_model(), point["layers"]), eval_batches).value
+            assert point["drop_same"]["perplexity"] == pytest.approx(dropped)
+        assert point["perplexity"] == pytest.approx(nbl.perplexity(model, eval_batches).value)
+        assert point["kv_bytes_per_token"] == 2 * 2 * 8 * 4 * (4 - len(point["layers"]))
+        assert point["prefill"] > 0 and point["decode"] > 0
+    assert done.evaluation["tokens"] == sum(b.numel() for b in eval_batches)
+    done.model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert nbl.linearized_layers(again) == sorted(done.layers)
+    assert type(nbl.restore(done.model)) is type(tiny_model())
+
+
+def test_a_calibration_that_is_there(compress, tiny_model, token_batches):
+    """No text is needed, and the criterion is one that reads none."""
+    cal = nbl.calibrate(tiny_model(), token_batches(4), progress=False)
+    done = compress(None, calibration=cal)
+    assert done.text is None and done.calibration is cal
+    assert done.choice["criterion"] == "residual"
+    assert done.layers == [score.layer for score in cal.rank("residual")][:2]
+
+
+def test_dropping(compress):
+    done = compress(drop=True)
+    assert done.choice == {"method": "drop", "layers": done.layers, "criterion": "cosine"}
+    assert {done.model.model.layers[i].spec.kind for i in done.layers} == {"drop"}
+
+
+def test_the_papers_preset(compress):
+    done = compress(preset="paper")
+    assert (done.choice["features"], done.choice["criterion"]) == ("pre-norm", "cca")
+    assert any("expected 524,288 tokens" in note for note in done.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layers": 0}, "layers: expected a number from 1 to 4, got 0"),
+        ({"layers": 5}, "layers: expected a number from 1 to 4, got 5"),
+        ({"layers": [1, 9]}, "out of range"),
+        ({"criterion": "luck"}, "criterion: expected one of"),
+        ({"preset": "fast"}, "preset: expected None or 'paper'"),
+        ({"rank": 64}, "rank: expected at most 32"),
+        ({"drop": True, "memory": nbl.Memory()}, "drop: expected neither"),
+        ({"refit_mlp": True}, "refit_mlp: expected sequential"),
+        ({"sequential": True, "sweep": True}, "sequential: expected no sweep"),
+        ({"length": 1000}, "length: expected at most 128"),
+        ({"text": None}, "text: expected documents"),
+    ],
+    ids=str,
+)
+def test_refusals_leave_the_model(options, words, compress, tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=words):
+        compress(model=model, **options)
+    assert type(model) is type(tiny_model()) and not hasattr(model.config, "nbl")
+
+
+def test_what_does_not_fit_a_calibration_is_refused(compress, tiny_model, token_batches):
+    cal = nbl.calibrate(tiny_model(), token_batches(4), progress=False)
+    for options, words in (
+        ({"features": "pre-norm"}, "features: expected post-norm"),
+        ({"memory": nbl.Memory()}, "memory: expected None"),
+        ({"evaluate": True}, "eval_text: expected with a calibration"),
+        ({"model": tiny_model(hidden_size=48)}, "of another model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compress(calibration=cal, **options)
+    with pytest.raises(ValueError, match="compressed already"):
+        compress(model=nbl.linearize(tiny_model(), cal, [1]))
