@@ -267,6 +267,14 @@ def compress(
 
     start = time.perf_counter()
     remembered = parse_memory(memory, lags, decays, choose_decays)
+    if drop and (memory or sequential):
+        raise ValueError(
+            "drop: expected neither --memory nor --sequential beside it: no map is fitted"
+        )
+    if refit_mlp and not sequential:
+        raise ValueError("refit-mlp: expected --sequential beside it")
+    if sequential and sweep:
+        raise ValueError("sequential: expected no --sweep: its maps are for one number of layers")
     with new_folder(output, overwrite=overwrite) as folder:
         given = nbl.Calibration.load(calibration) if calibration else None
         loaded, tokenizer = models.load(model, dtype, device)
