@@ -6,6 +6,9 @@ VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 TRANSFORMERS ?= $(shell grep '^transformers==' constraints.txt)
 
+# Another transformers may want other versions of these.
+UNPINNED := $(if $(filter $(shell grep '^transformers==' constraints.txt),$(TRANSFORMERS)),,-e '^huggingface_hub==' -e '^tokenizers==')
+
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
@@ -31,7 +34,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v -e '^torch==' -e '^transformers==' constraints.txt > $(VENV)/constraints.txt
+	grep -v -e '^torch==' -e '^transformers==' $(UNPINNED) constraints.txt > $(VENV)/constraints.txt
 	printf '%s\n' "$(TORCH)" "$(TRANSFORMERS)" >> $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt "$(TORCH)" "setuptools>=68" wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,report]"

@@ -7,8 +7,7 @@ import copy
 import nbl
 import pytest
 import torch
-from nbl.drafting import count_accepted
-from nbl.runner import _Graphs
+from nbl.runner.drafting import count_accepted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")  # as many as these tests need
 
@@ -61,8 +60,8 @@ def test_runner_on_many_prompts(family, graphs, tiny_model, good_draft, prompts,
     expected = alone(model, many)
     runner = nbl.Runner(model, 4, 40, draft=draft)
     if graphs:  # the step that CUDA graphs capture, run as it is
-        monkeypatch.setattr("nbl.runner._SMALLEST_BUCKET", 4)
-        runner._graphs = _Graphs(runner)
+        monkeypatch.setattr("nbl.runner.graphs._SMALLEST_BUCKET", 4)
+        runner._graphs = runner._new_graphs()
         runner._graphs.run = runner._graphs.step
     proposed = accepted = 0
     for layers, tokens in ((1, None), (2, None), (2, 4)):

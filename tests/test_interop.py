@@ -106,6 +106,17 @@ def test_calibrating_an_offloaded_model(tiny_model, token_batches, tmp_path):
     assert found.value == pytest.approx(alone.value)
 
 
+def test_an_offloaded_model_is_not_changed(tiny_model, token_batches):
+    """Its weights are not there to be shared with, or packed into, anything."""
+    cal = nbl.calibrate(tiny_model(), token_batches(4), progress=False)
+    model = tiny_model()
+    cpu_offload(model, "cpu")
+    for change in (lambda: nbl.linearize(model, cal, [1]), lambda: nbl.optimize(model)):
+        with pytest.raises(ValueError, match="is offloaded"):
+            change()
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
 # --- torchao -------------------------------------------------------------------------------------
 
 

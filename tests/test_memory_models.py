@@ -11,9 +11,8 @@ import json
 import nbl
 import pytest
 import torch
-from nbl.cache import MOST_ROLLED_BACK, MemoryCacheLayer
+from nbl.layers.cache import MOST_ROLLED_BACK, MemoryCacheLayer
 from nbl.models import layer_specs
-from nbl.runner import _Graphs
 from nbl.upstream import CACHE, output_cache
 from tolerance import assert_rounding_only, exact_copy
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -431,8 +430,8 @@ def expected_tokens(model, padded):
 
 def as_graphs(runner, monkeypatch):
     """Decodes by the step that CUDA graphs capture, captured as they are: run twice for nothing."""
-    monkeypatch.setattr("nbl.runner._SMALLEST_BUCKET", 4)
-    runner._graphs = graphs = _Graphs(runner)
+    monkeypatch.setattr("nbl.runner.graphs._SMALLEST_BUCKET", 4)
+    runner._graphs = graphs = runner._new_graphs()
 
     def run(*step):
         saved = runner._states.save(step[1])

@@ -9,7 +9,7 @@ import nbl
 import pytest
 import torch
 import transformers
-from nbl.fused import FusedHead, FusedLayer
+from nbl.layers.fused import FusedHead, FusedLayer
 from nbl.upstream import CACHE
 from tolerance import exact_copy, max_error
 from torch import nn

@@ -11,8 +11,8 @@ import nbl
 import pytest
 import torch
 import transformers
-from nbl.fused import FusedLayer
-from nbl.quantized import QuantizedLinear
+from nbl.layers.fused import FusedLayer
+from nbl.layers.quantized import QuantizedLinear
 from nbl.upstream import CACHE
 from tolerance import assert_rounding_only, exact_copy
 from torch import nn

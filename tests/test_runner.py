@@ -10,8 +10,8 @@ import nbl
 import pytest
 import torch
 from flashinfer_double import PagedAttention
-from nbl.attention import load_flashinfer
-from nbl.runner import _Graphs, _Sampler
+from nbl.runner.attention import load_flashinfer
+from nbl.runner.requests import Sampler
 from nbl.upstream import CACHE
 from tolerance import assert_rounding_only, exact_copy, max_error
 from transformers import DynamicCache
@@ -61,8 +61,8 @@ def as_graphs(monkeypatch):
     """Makes a runner decode by the step that CUDA graphs capture: fixed buffers, masks, buckets."""
 
     def change(runner):
-        monkeypatch.setattr("nbl.runner._SMALLEST_BUCKET", 4)
-        runner._graphs = _Graphs(runner)
+        monkeypatch.setattr("nbl.runner.graphs._SMALLEST_BUCKET", 4)
+        runner._graphs = runner._new_graphs()
         runner._graphs.run = runner._graphs.step
         for cache in (runner.keys, runner.values):
             cache.fill_(float("nan"))  # as an earlier call may leave it
@@ -250,7 +250,7 @@ def test_sampled_frequencies(options, build):
         scores = TopPLogitsWarper(options["top_p"])(None, scores)
     p = scores.softmax(-1)[0]
     n = 20000
-    sampler = _Sampler(0.7, options.get("top_k"), options.get("top_p"), 0, torch.device("cpu"))
+    sampler = Sampler(0.7, options.get("top_k"), options.get("top_p"), 0, torch.device("cpu"))
     counts = torch.bincount(sampler(logits.expand(n, -1)), minlength=12)
     assert not counts[p == 0].any()
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1e-6).all()
@@ -419,10 +419,10 @@ def test_bad_runners(tiny_model):
 
 
 def test_buckets(build):
-    graphs = _Graphs(nbl.Runner(build(), 1, 1000))
+    graphs = nbl.Runner(build(), 1, 1000)._new_graphs()
     sizes = [graphs.bucket(n) for n in (1, 128, 129, 256, 257, 513, 1000)]
     assert sizes == [128, 128, 256, 256, 512, 1000, 1000]
-    assert _Graphs(nbl.Runner(build(), 1, 40)).bucket(3) == 40
+    assert nbl.Runner(build(), 1, 40)._new_graphs().bucket(3) == 40
 
 
 # --- FlashInfer ----------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def flashinfer(monkeypatch):
     """nbl.Runner(…, attention="flashinfer") on the CPU, in float32: the same tokens exactly."""
     monkeypatch.setattr(PagedAttention, "made", [])
     module = types.SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=PagedAttention)
-    monkeypatch.setattr("nbl.runner.load_flashinfer", lambda device, dtype: module)
+    monkeypatch.setattr("nbl.runner.runner.load_flashinfer", lambda device, dtype: module)
     return PagedAttention
 
 

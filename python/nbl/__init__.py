@@ -13,16 +13,14 @@ from __future__ import annotations
 from nbl_kernels import __version__
 
 from . import models
-from .cache import CacheBytes, cache_bytes
-from .calibration import Calibration, calibrate
-from .drafting import DraftReport, draft_model
-from .evaluation import Perplexity, perplexity
-from .linearization import drop, linearize, restore
+from .calibration import Calibration, LayerScore, calibrate
+from .layers.cache import CacheBytes, cache_bytes
+from .layers.spec import linearized_layers
+from .linearize import drop, linearize, restore
 from .memory import Memory
-from .models import linearized_layers
-from .optimization import optimize, weight_bytes
-from .ranking import LayerScore
-from .runner import Runner
+from .optimize import optimize, weight_bytes
+from .perplexity import Perplexity, perplexity
+from .runner import DraftReport, Runner, draft_model
 from .upstream import warn_untested
 
 __all__ = [

@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-import nbl
 import nbl_kernels as nk
-from nbl.models import model_type_of
-from nbl.optimization import weight_bytes
-from nbl.upstream import CACHE, sliding_window
 from nbl_kernels import machine
+
+from .calibration import Calibration
+from .layers.spec import linearized_layers
+from .models import model_type_of
+from .optimize import optimize, weight_bytes
+from .runner import Runner, draft_model
+from .upstream import CACHE, sliding_window
 
 __all__ = [
     "Engine",
@@ -156,14 +159,14 @@ class Transformers:
 
 
 class Ours:
-    """nbl.Runner; on a GPU with CUDA graphs."""
+    """Runner; on a GPU with CUDA graphs."""
 
     optional = False
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         self.name = name
         self.model = model
-        self._runner: nbl.Runner | None = None
+        self._runner: Runner | None = None
 
     def prefill(self, prompts: Tensor, room: int) -> tuple[float, list[int]]:
         sizes = (prompts.shape[0], prompts.shape[1] + room)
@@ -171,7 +174,7 @@ class Ours:
         if runner is None or (runner.max_batch_size, runner.max_length) != sizes:
             self.close()
             on_gpu = self.model.device.type == "cuda"
-            self._runner = runner = nbl.Runner(self.model, *sizes, cuda_graphs=on_gpu)
+            self._runner = runner = Runner(self.model, *sizes, cuda_graphs=on_gpu)
         first: list[int] = []
 
         def run() -> None:
@@ -195,7 +198,7 @@ def our_engines(
     model: PreTrainedModel,
     counts: Iterable[int],
     *,
-    calibration: nbl.Calibration | None = None,
+    calibration: Calibration | None = None,
     weights: str | None = None,
 ) -> list[Ours]:
     """An engine for each number of linearized layers, all of them on the weights of `model`, which
@@ -207,14 +210,14 @@ def our_engines(
     Raises:
         ValueError: more layers than the model has, or fewer than it has linearized already.
     """
-    own, total = len(nbl.linearized_layers(model)), model.config.num_hidden_layers
+    own, total = len(linearized_layers(model)), model.config.num_hidden_layers
     for count in counts:
         if not own <= count <= total:
             raise ValueError(
                 f"layers: expected numbers from {own} (linearized already) to {total}, got {count}"
             )
     options = {} if weights is None else {"weights": weights}
-    nbl.optimize(model, **options)
+    optimize(model, **options)
     engines = []
     for count in counts:
         linearized = model
@@ -223,7 +226,7 @@ def our_engines(
             if cal is None:
                 cal, maps = _random_maps(model, count - own)
                 layers = list(maps)
-            linearized = nbl.draft_model(model, cal, layers, maps=maps)
+            linearized = draft_model(model, cal, layers, maps=maps)
         name = f"ours NBL-{count}" if count else "ours dense"
         engines.append(Ours(linearized, f"{name}, {weights}" if weights else name))
     return engines
@@ -235,7 +238,7 @@ def model_engines(
     *,
     eager: bool = True,
     compiled: bool = False,
-    calibration: nbl.Calibration | None = None,
+    calibration: Calibration | None = None,
     weights: str | None = None,
 ) -> list[Transformers | Ours]:
     """transformers' engines, and ours for each of `counts`; arguments as of our_engines.
@@ -252,17 +255,17 @@ def model_engines(
     return [*(Transformers(stock, compiled=kind) for kind in wanted), *ours]
 
 
-def _random_maps(model: PreTrainedModel, count: int) -> tuple[nbl.Calibration, dict[int, nk.Lmmse]]:
+def _random_maps(model: PreTrainedModel, count: int) -> tuple[Calibration, dict[int, nk.Lmmse]]:
     """Maps for the last `count` layers with attention, and a calibration that knows no more than
     which layers these are."""
-    own, size = nbl.linearized_layers(model), model.config.hidden_size
+    own, size = linearized_layers(model), model.config.hidden_size
     layers = [i for i in range(model.config.num_hidden_layers) if i not in own][-count:]
     like = model.model.norm.weight
     where = {"dtype": like.dtype, "device": like.device}
     weight = torch.randn(size, size, **where) * (0.1 / size**0.5)
     nothing = torch.zeros(())
     solved = nk.Lmmse(weight, torch.zeros(size, **where), nmse=nothing, ridge=nothing)
-    cal = nbl.Calibration(
+    cal = Calibration(
         model_type=model_type_of(model),
         num_hidden_layers=model.config.num_hidden_layers,
         hidden_size=size,
@@ -381,7 +384,7 @@ def sweep(
     layers: Iterable[int],
     compiled: bool = False,
     weights: str | None = None,
-    calibration: nbl.Calibration | None = None,
+    calibration: Calibration | None = None,
     steps: int = 8,
     repetitions: int = 5,
     say: Callable[[str], None] = lambda text: None,
@@ -592,7 +595,7 @@ def _judge(
         if not values:
             continue
         speed = statistics.median(values)
-        layers = len(nbl.linearized_layers(engine.model))
+        layers = len(linearized_layers(engine.model))
         ceiling = tokens * medians[best] / work[engine.name]
         same = baseline and layers == 0
         rows.append(

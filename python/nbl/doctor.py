@@ -1,5 +1,7 @@
 """What is installed, what runs here and why not: the findings that `nbl doctor` prints."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 import os
@@ -11,8 +13,16 @@ from typing import Literal
 
 import torch
 
-import nbl
-from nbl import selfcheck, upstream
+from nbl_kernels import __version__
+
+from . import selfcheck, upstream
+
+__all__ = [
+    "conditions",
+    "diagnose",
+    "self_check",
+    "versions",
+]
 
 OPTIONAL = {
     "matplotlib": "nbl report, plots of nbl bench",
@@ -60,7 +70,7 @@ def versions() -> dict[str, str | None]:
     """{package: version, or None where it is not installed}."""
     return {
         "python": platform.python_version(),
-        "nbl": nbl.__version__,
+        "nbl": __version__,
         **{name: _version(name) for name in ("torch", "transformers", *OPTIONAL)},
     }
 

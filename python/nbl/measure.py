@@ -3,6 +3,8 @@
 `nbl compress --eval`, `--sweep` and `nbl demo` show these measurements.
 """
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +13,24 @@ from contextlib import contextmanager
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-import nbl
-from nbl.ranking import CRITERIA
-from nbl.upstream import output_cache
+from .calibration import CRITERIA
+from .layers.spec import linearized_layers
+from .linearize import drop as drop_attention
+from .linearize import linearize, restore
+from .perplexity import perplexity
+from .upstream import output_cache
+
+__all__ = [
+    "Stopwatch",
+    "compare_speed",
+    "describe_model",
+    "dropped",
+    "kv_bytes_per_token",
+    "measure_points",
+    "score_layers",
+    "state_bytes",
+    "variant",
+]
 
 
 def score_layers(
@@ -49,7 +66,7 @@ def kv_bytes_per_token(model) -> int:
 
 def state_bytes(model) -> int:
     """Bytes that the layers with a memory keep of one sequence, whatever its length."""
-    layers = (model.model.layers[i] for i in nbl.linearized_layers(model))
+    layers = (model.model.layers[i] for i in linearized_layers(model))
     return sum(layer.new_state(1).nbytes for layer in layers if layer.spec.has_memory)
 
 
@@ -143,14 +160,14 @@ def measure_points(
     """
     after_drop: dict[frozenset, float] = {}
 
-    def perplexity(name):
-        return nbl.perplexity(model, watch(batches, f"perplexity, {name}")).value
+    def measured(name: str) -> float:
+        return perplexity(model, watch(batches, f"perplexity, {name}")).value
 
     def perplexity_dropped(layers, name):
         key = frozenset(layers)
         if key not in after_drop:
             with dropped(model, layers):
-                after_drop[key] = perplexity(name)
+                after_drop[key] = measured(name)
         return {"layers": list(layers), "perplexity": after_drop[key]}
 
     points = []
@@ -163,7 +180,7 @@ def measure_points(
                 point["state_bytes"] = state_bytes(model)
         if batches is not None:
             with variant(model, calibration, layers, options):
-                point["perplexity"] = perplexity(f"NBL-{m}" if m else "dense")
+                point["perplexity"] = measured(f"NBL-{m}" if m else "dense")
             if m:
                 point["drop"] = perplexity_dropped(cosine_order[:m], f"drop-{m} by cosine")
                 point["drop_same"] = perplexity_dropped(layers, f"drop-{m}, same layers")
@@ -181,13 +198,13 @@ def variant(
         yield
         return
     if drop:
-        nbl.drop(model, layers)
+        drop_attention(model, layers)
     else:
-        nbl.linearize(model, calibration, layers, **(options or {}))
+        linearize(model, calibration, layers, **(options or {}))
     try:
         yield
     finally:
-        nbl.restore(model)
+        restore(model)
 
 
 @contextmanager

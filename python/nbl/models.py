@@ -5,61 +5,54 @@ A linearized model is the stock model with some decoder layers replaced by
 transformers' own code. What a stock model cannot do is taken care of here, once:
 
 * ``config.nbl`` says which layers are linear maps, so that a checkpoint can be rebuilt;
-* a cache keeps nothing for them but, where there is one, the state of a memory (:mod:`nbl.cache`),
-  and still answers the questions that transformers asks its first layer;
+* a cache keeps nothing for them but, where there is one, the state of a memory
+  (:mod:`nbl.layers.cache`), and still answers the questions that transformers asks its first layer;
 * a checkpoint that lacks a map is refused (transformers would fill in random numbers and warn).
 
 ``config.layer_types`` is left alone: Qwen looks its masks up by it, and ``generate`` prepares no
 masks for a compiled static cache once it contains a type without attention.
+
+The classes (``NblLlamaConfig``, ``NblLlamaModel``, ``NblLlamaForCausalLM``, and so for every family
+of ``upstream.FAMILY_NAMES``) are derived from the stock ones by their names.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-import nbl_kernels as nk
-from nbl_kernels.memory import Filters, remember
-
-from .batches import Batch
-from .cache import EmptyCacheLayer, prepare_entries
-from .plain import all_are_observed, is_plain_linear, is_plain_norm
-from .quantized import quantized_linears, scale_of
+from .layers.cache import EmptyCacheLayer, prepare_entries
+from .layers.linearized import LinearizedDecoderLayer, MemorySpan, has_memory
+from .layers.quantized import quantized_linears
+from .layers.spec import (
+    FORMAT_VERSION,
+    LayerSpec,
+    config_entry,
+    layer_specs,
+    linearized_layers,
+)
 from .saving import as_published
 from .upstream import (
     CACHE,
+    FAMILY_NAMES,
     Cache,
     forward_arguments,
     give_no_pages,
     new_cache,
     record_hidden_states,
-    take_cache,
 )
 
 __all__ = [
@@ -69,89 +62,13 @@ __all__ = [
     "LayerSpec",
     "LinearizedDecoderLayer",
     "MemorySpan",
-    "NblLlamaConfig",
-    "NblLlamaForCausalLM",
-    "NblLlamaModel",
-    "NblMistralConfig",
-    "NblMistralForCausalLM",
-    "NblMistralModel",
-    "NblQwen2Config",
-    "NblQwen2ForCausalLM",
-    "NblQwen2Model",
-    "NblQwen3Config",
-    "NblQwen3ForCausalLM",
-    "NblQwen3Model",
+    "become_nbl",
     "family_of",
     "linearized_layers",
+    "model_type_of",
 ]
 
-_FORMAT_VERSION = 1
-
-
 # --- what config.nbl says ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What stands in the place of one attention.
-
-    kind: ``"linear"``, the map ``y = W f + b``, or ``"drop"``, nothing (``y = 0``); with ``"drop"``
-    the other fields are at their defaults.
-    features: ``"post-norm"``, f = RMSNorm(x) with the layer's own weight, or ``"pre-norm"``, f = x.
-    rank: None for a full ``W`` (d, d), else W = U V is stored as U (d, rank) and V (rank, d).
-    lags, decays: of a map with a memory (:class:`nbl.Memory`); both empty: there is none.
-    """
-
-    kind: Literal["linear", "drop"]
-    features: Literal["pre-norm", "post-norm"] = "post-norm"
-    bias: bool = False
-    rank: int | None = None
-    lags: tuple[int, ...] = ()
-    decays: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "drop"):
-            raise ValueError(f"kind must be 'linear' or 'drop', got {self.kind!r}")
-        if self.features not in ("pre-norm", "post-norm"):
-            raise ValueError(f"features must be 'pre-norm' or 'post-norm', got {self.features!r}")
-        if not isinstance(self.bias, bool):
-            raise ValueError(f"bias must be a bool, got {self.bias!r}")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise ValueError(f"rank must be None or a positive int, got {self.rank!r}")
-        filters = Filters(self.lags, self.decays)
-        object.__setattr__(self, "lags", filters.lags)
-        object.__setattr__(self, "decays", filters.decays)
-        object.__setattr__(self, "filters", filters)  # no field: it follows from two of them
-
-    @property
-    def has_memory(self) -> bool:
-        return bool(self.lags or self.decays)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; a map without a memory says nothing of one."""
-        entry = asdict(self)
-        for name in ("lags", "decays"):
-            values = entry.pop(name)
-            if self.has_memory:
-                entry[name] = list(values)
-        return entry
-
-
-def layer_specs(config: PreTrainedConfig) -> dict[int, LayerSpec]:
-    """{layer: LayerSpec} of the linearized layers, in order; {} for a stock config."""
-    layers = (getattr(config, "nbl", None) or {}).get("layers", {})
-    return {i: LayerSpec(**layers[str(i)]) for i in sorted(map(int, layers))}
-
-
-def config_entry(specs: Mapping[int, LayerSpec]) -> dict[str, Any]:
-    """``config.nbl`` for these layers (JSON: the keys are strings)."""
-    layers = {str(i): specs[i].as_dict() for i in sorted(specs)}
-    return {"format_version": _FORMAT_VERSION, "layers": layers}
-
-
-def linearized_layers(model: PreTrainedModel | PreTrainedConfig) -> list[int]:
-    """Ids of the layers of a model (or of a config) that have no attention any more, ascending."""
-    return list(layer_specs(model if isinstance(model, PreTrainedConfig) else model.config))
 
 
 class NblConfigMixin:
@@ -160,9 +77,9 @@ class NblConfigMixin:
     def __post_init__(self, nbl: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.nbl = config_entry({}) if nbl is None else nbl
-        if not isinstance(self.nbl, dict) or self.nbl.get("format_version") != _FORMAT_VERSION:
+        if not isinstance(self.nbl, dict) or self.nbl.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"config.nbl: expected a dict with format_version {_FORMAT_VERSION}, "
+                f"config.nbl: expected a dict with format_version {FORMAT_VERSION}, "
                 f"got {self.nbl!r}; written by another version of nbl?"
             )
         try:
@@ -174,243 +91,6 @@ class NblConfigMixin:
             raise ValueError(
                 f"config.nbl names layers {beyond}, the model has {self.num_hidden_layers} layers"
             )
-
-
-# --- the layer -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MemorySpan:
-    """Which tokens (B, T) of a forward pass a memory sees: mask False, padding; starts True, the
-    first of a packed sequence. None: all, none."""
-
-    mask: Tensor | None = None
-    starts: Tensor | None = None
-
-
-class LinearizedDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer whose attention is linear: h = x + W f(x) + b, then h + MLP(RMSNorm(h)).
-
-    Made from a stock decoder layer, with which it shares the modules that stay (``mlp``,
-    ``post_attention_layernorm`` and, for post-norm features, ``input_layernorm``) and the hooks.
-    The map is ``linear`` (d, d) or, of reduced rank, ``linear_v`` (rank, d) followed by
-    ``linear_u`` (d, rank); a dropped attention has neither. In the weights' dtype, accumulated in
-    float32.
-
-    With a memory, h = x + W φ(x) + b, φ of P branches (:mod:`nbl_kernels.memory`). ``linear_v`` is
-    then (P rank, d), the branches one after another; of full rank it is (P d, d) beside
-    ``linear_bias``, and there is no ``linear_u``. The state is in the cache
-    (:class:`nbl.cache.MemoryCacheLayer`).
-    """
-
-    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
-        super().__init__()
-        norm = layer.post_attention_layernorm.weight
-        size = norm.shape[0]
-        self.spec = spec
-        self.layer_idx = getattr(layer, "self_attn", layer).layer_idx
-        if spec.kind == "linear":
-            if spec.features == "post-norm":
-                self.input_layernorm = layer.input_layernorm
-            if spec.rank is not None:
-                branches = spec.filters.branches
-                self.linear_v = _zero_linear(size, branches * spec.rank, False, norm)
-                self.linear_u = _zero_linear(spec.rank, size, spec.bias, norm)
-            elif spec.has_memory:
-                self.linear_v = _zero_linear(size, spec.filters.branches * size, False, norm)
-                bias = nn.Parameter(torch.zeros_like(norm)) if spec.bias else None
-                self.register_parameter("linear_bias", bias)
-            else:
-                self.linear = _zero_linear(size, size, spec.bias, norm)
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.mlp = layer.mlp
-        self.training = layer.training
-        if layer.gradient_checkpointing:
-            self.gradient_checkpointing = True
-            self._gradient_checkpointing_func = layer._gradient_checkpointing_func
-        # A hook on a decoder layer, transformers' own for output_hidden_states among them, means
-        # the layer at this depth, whatever computes it: one set of hooks for both.
-        for name in vars(layer):
-            if "hooks" in name:
-                setattr(self, name, getattr(layer, name))
-
-    @property
-    def map_shapes(self) -> list[tuple[int, ...]]:
-        """Of what :meth:`set_map` takes: the weight or the factors, then the bias."""
-        size, rank = self.post_attention_layernorm.weight.shape[0], self.spec.rank
-        features = self.spec.filters.branches * size
-        shapes = [(size, features)] if rank is None else [(size, rank), (rank, features)]
-        return shapes + [(size,)] * self.spec.bias
-
-    @torch.no_grad()
-    def set_map(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        factors: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Copies the map in, rounded once to the layer's dtype.
-
-        weight (d, P d), bias (d,); with a rank, factors U (d, rank), V (rank, P d) take the place
-        of the weight. P = 1 without a memory.
-        """
-        if self.spec.rank is not None:
-            u, v = factors
-            self.linear_u.weight.copy_(u)
-            self.linear_v.weight.copy_(self._branch_after_branch(v))
-            own_bias = self.linear_u.bias
-        elif self.spec.has_memory:
-            self.linear_v.weight.copy_(self._branch_after_branch(weight))
-            own_bias = self.linear_bias
-        else:
-            self.linear.weight.copy_(weight)
-            own_bias = self.linear.bias
-        if self.spec.bias:
-            own_bias.copy_(bias)
-
-    def _branch_after_branch(self, weight: Tensor) -> Tensor:
-        """(n, P d), a row for each output, as (P n, d)."""
-        return weight.unflatten(1, (self.spec.filters.branches, -1)).transpose(0, 1).flatten(0, 1)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        memory_span: MemorySpan | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """hidden_states (B, T, d) -> (B, T, d); of the other arguments, which concern attention,
-        the cache matters to a memory."""
-        hidden_states = self._attention(hidden_states, take_cache(kwargs), memory_span)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-    def _attention(
-        self, x: Tensor, cache: Cache | None = None, span: MemorySpan | None = None
-    ) -> Tensor:
-        if self.spec.kind == "drop":
-            return x
-        if self.spec.has_memory:
-            if cache is None:
-                return self._recall(x, self.new_state(x.shape[0], x.device), span)
-            if not isinstance(cache, Cache):
-                raise ValueError(
-                    f"layer {self.layer_idx} has a memory, whose state needs a transformers Cache, "
-                    f"got {type(cache).__name__}"
-                )
-            entry = cache.layers[self.layer_idx]
-            state = entry.prepare(x.shape[0], *self.state_shape, x.device)
-            history = entry.history_of(x.shape[1])
-            y = self._recall(x, state, span, history)
-            entry.remember(history)
-            return y
-        if not self._is_plain():
-            y = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
-            for linear in self._maps():
-                y = linear(y)
-            return x + y
-        norm = self._norm()
-        if self.spec.rank is None:
-            linear, scale = self.linear, scale_of(self.linear)
-            return nk.residual_linear(x, linear.weight, linear.bias, weight_scale=scale, **norm)
-        u, v = self.linear_u, self.linear_v
-        g = nk.norm_linear(x, weight=v.weight, weight_scale=scale_of(v), **norm) if norm else v(x)
-        return nk.residual_linear(g, u.weight, u.bias, residual=x, weight_scale=scale_of(u))
-
-    @property
-    def state_shape(self) -> tuple[int, int]:
-        """(S, r): what a memory keeps of a sequence, in float32."""
-        branches = self.spec.filters.branches
-        return self.spec.filters.slots, self.linear_v.out_features // branches
-
-    def new_state(self, rows: int, device: torch.device | None = None) -> Tensor:
-        """(rows, S, r): nothing remembered. device: that of the layer, unless it is offloaded."""
-        if device is None:
-            device = self.post_attention_layernorm.weight.device
-        return torch.zeros((rows, *self.state_shape), dtype=torch.float32, device=device)
-
-    def _recall(
-        self,
-        x: Tensor,
-        state: Tensor,
-        span: MemorySpan | None = None,
-        history: Tensor | None = None,
-    ) -> Tensor:
-        """x + W φ(x) + b, which takes the state (and its history) on."""
-        span = span or MemorySpan()
-        if not self._is_plain():
-            return self._recall_by_calls(x, state, span, history)
-        v, u = self.linear_v, getattr(self, "linear_u", None)
-        return nk.memory_scan(
-            x,
-            v.weight,
-            None if u is None else u.weight,
-            self.linear_bias if u is None else u.bias,
-            state=state,
-            lags=self.spec.lags,
-            decays=self.spec.decays,
-            mask=span.mask,
-            starts=span.starts,
-            history=history,
-            weight_v_scale=scale_of(v),
-            weight_u_scale=None if u is None else scale_of(u),
-            **self._norm(),
-        )
-
-    def _recall_by_calls(
-        self, x: Tensor, state: Tensor, span: MemorySpan, history: Tensor | None
-    ) -> Tensor:
-        """The same where the modules are called, not read."""
-        f = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
-        tokens = {"mask": span.mask, "starts": span.starts}
-        c = remember(self.linear_v(f), self.spec.filters, state, history, **tokens).to(x.dtype)
-        if self.spec.rank is not None:
-            return x + self.linear_u(c)
-        return x + c if self.linear_bias is None else x + c + self.linear_bias
-
-    def _maps(self) -> list[nn.Module]:
-        """The linears of the map, in the order in which they are applied."""
-        names = ("linear", "linear_v", "linear_u")
-        return [self._modules[name] for name in names if name in self._modules]
-
-    def _is_plain(self) -> bool:
-        """Whether kernels may read the weights of the map and its norm (:mod:`nbl.plain`)."""
-        norm = self._modules.get("input_layernorm")
-        if all_are_observed() or not (norm is None or is_plain_norm(norm)):
-            return False
-        return all(map(is_plain_linear, self._maps()))
-
-    def _norm(self) -> dict[str, Any]:
-        """Arguments of the kernels: the features are normalized, or not."""
-        if self.spec.features == "pre-norm":
-            return {}
-        norm = self.input_layernorm
-        return {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.spec.as_dict().items())
-
-
-def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) -> nn.Linear:
-    """All zeros until the map is set or loaded; no random numbers are drawn."""
-    where = {"device": like.device, "dtype": like.dtype}
-    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, **where)
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
-    return linear
-
-
-def memory_arguments(base: nn.Module, batch: Batch) -> dict[str, MemorySpan]:
-    """What a stock base model, some layers of which were exchanged, must pass on to those with a
-    memory; NBL models find it out themselves."""
-    if not has_memory(base):
-        return {}
-    return {"memory_span": MemorySpan(batch.attention_mask, batch.starts)}
-
-
-def has_memory(base: nn.Module) -> bool:
-    """Whether a layer of a base model has a memory."""
-    layers = getattr(base, "layers", ())
-    return any(isinstance(m, LinearizedDecoderLayer) and m.spec.has_memory for m in layers)
 
 
 # --- the models ----------------------------------------------------------------------------------
@@ -596,54 +276,6 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
         return inputs
 
 
-class NblLlamaConfig(NblConfigMixin, LlamaConfig):
-    model_type = "nbl_llama"
-
-
-class NblLlamaModel(NblModelMixin, LlamaModel):
-    config_class = NblLlamaConfig
-
-
-class NblLlamaForCausalLM(NblForCausalLMMixin, LlamaForCausalLM):
-    config_class = NblLlamaConfig
-
-
-class NblMistralConfig(NblConfigMixin, MistralConfig):
-    model_type = "nbl_mistral"
-
-
-class NblMistralModel(NblModelMixin, MistralModel):
-    config_class = NblMistralConfig
-
-
-class NblMistralForCausalLM(NblForCausalLMMixin, MistralForCausalLM):
-    config_class = NblMistralConfig
-
-
-class NblQwen2Config(NblConfigMixin, Qwen2Config):
-    model_type = "nbl_qwen2"
-
-
-class NblQwen2Model(NblModelMixin, Qwen2Model):
-    config_class = NblQwen2Config
-
-
-class NblQwen2ForCausalLM(NblForCausalLMMixin, Qwen2ForCausalLM):
-    config_class = NblQwen2Config
-
-
-class NblQwen3Config(NblConfigMixin, Qwen3Config):
-    model_type = "nbl_qwen3"
-
-
-class NblQwen3Model(NblModelMixin, Qwen3Model):
-    config_class = NblQwen3Config
-
-
-class NblQwen3ForCausalLM(NblForCausalLMMixin, Qwen3ForCausalLM):
-    config_class = NblQwen3Config
-
-
 # --- the registry --------------------------------------------------------------------------------
 
 
@@ -659,45 +291,28 @@ class Family:
     nbl_causal_lm: type[PreTrainedModel]
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        LlamaConfig,
-        LlamaModel,
-        LlamaForCausalLM,
-        NblLlamaConfig,
-        NblLlamaModel,
-        NblLlamaForCausalLM,
-    ),
-    "mistral": Family(
-        MistralConfig,
-        MistralModel,
-        MistralForCausalLM,
-        NblMistralConfig,
-        NblMistralModel,
-        NblMistralForCausalLM,
-    ),
-    "qwen2": Family(
-        Qwen2Config,
-        Qwen2Model,
-        Qwen2ForCausalLM,
-        NblQwen2Config,
-        NblQwen2Model,
-        NblQwen2ForCausalLM,
-    ),
-    "qwen3": Family(
-        Qwen3Config,
-        Qwen3Model,
-        Qwen3ForCausalLM,
-        NblQwen3Config,
-        NblQwen3Model,
-        NblQwen3ForCausalLM,
-    ),
-}
+def _counterpart(mixin: type, stock: type, **attributes: Any) -> type:
+    """The NBL class of a stock one: Nbl before its name, a name of this module."""
+    name = f"Nbl{stock.__name__}"
+    globals()[name] = type(name, (mixin, stock), {"__module__": __name__, **attributes})
+    return globals()[name]
 
-for _family in FAMILIES.values():
-    AutoConfig.register(_family.nbl_config.model_type, _family.nbl_config)
-    AutoModel.register(_family.nbl_config, _family.nbl_model)
-    AutoModelForCausalLM.register(_family.nbl_config, _family.nbl_causal_lm)
+
+def _family(model_type: str, name: str) -> Family:
+    """The NBL classes of a family, made and known to transformers' Auto classes."""
+    config, model, causal_lm = (
+        getattr(transformers, name + kind) for kind in ("Config", "Model", "ForCausalLM")
+    )
+    nbl_config = _counterpart(NblConfigMixin, config, model_type=f"nbl_{model_type}")
+    nbl_model = _counterpart(NblModelMixin, model, config_class=nbl_config)
+    nbl_causal_lm = _counterpart(NblForCausalLMMixin, causal_lm, config_class=nbl_config)
+    AutoConfig.register(nbl_config.model_type, nbl_config)
+    AutoModel.register(nbl_config, nbl_model)
+    AutoModelForCausalLM.register(nbl_config, nbl_causal_lm)
+    return Family(config, model, causal_lm, nbl_config, nbl_model, nbl_causal_lm)
+
+
+FAMILIES = {model_type: _family(model_type, name) for model_type, name in FAMILY_NAMES.items()}
 
 
 def model_type_of(model: PreTrainedModel) -> str:
@@ -741,3 +356,6 @@ def become_nbl(model: PreTrainedModel) -> None:
         model.config.nbl = config_entry({})
     model.__class__ = family.nbl_causal_lm
     model.model.__class__ = family.nbl_model
+
+
+__all__ += [name for name in globals() if name.startswith("Nbl")]

@@ -121,9 +121,8 @@ def moment_bytes(
         filters = {"lags": memory.lags, "decays": memory.decays}
         sums = nk.MemoryAccumulator(size, size, **filters, **sizes).state_dict()
     per_layer = sum(tensor.nbytes for tensor in sums.values()) + 2 * 8  # two sums of scalars
-    if (
-        memory is not None
-    ):  # a float32 row for the end of each sequence, or a float64 matrix of many
+    if memory is not None:
+        # A float32 row for the end of each sequence, or a float64 matrix of many.
         width = sums["end_sums"].numel()
         per_layer += 4 * min(sequences, width) * width + 8 * width * width * (sequences > width)
     return model.config.num_hidden_layers * per_layer

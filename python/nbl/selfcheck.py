@@ -16,8 +16,10 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from .fused import fuse
-from .models import FAMILIES, LayerSpec, LinearizedDecoderLayer, become_nbl, config_entry
+from .layers.fused import fuse
+from .layers.linearized import LinearizedDecoderLayer
+from .layers.spec import LayerSpec, config_entry
+from .models import FAMILIES, become_nbl
 from .upstream import CACHE, is_tested, new_cache, tested_range
 
 __all__ = ["check_installed", "differences"]

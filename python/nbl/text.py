@@ -12,6 +12,8 @@ and becomes a list of documents: strings, and chats. A row with "messages", a li
 "content"}, is a :class:`Chat`; any other is its "text". Every error names the source it came from.
 """
 
+from __future__ import annotations
+
 import glob
 import gzip
 import hashlib
@@ -26,6 +28,15 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError  # transformers renders chat templates with it
+
+__all__ = [
+    "Chat",
+    "Document",
+    "count_tokens",
+    "load_texts",
+    "split_documents",
+    "token_batches",
+]
 
 DEMO_SPLITS = ("train", "calibration", "validation", "test")
 _DATASET_SPLITS = ("train", "validation", "valid", "dev", "test")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -19,20 +20,19 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.generation.continuous_batching import cache as paged
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import output_capturing
 
 __all__ = [
     "CACHE",
+    "FAMILY_NAMES",
     "MODELING",
     "NORMS",
     "TESTED",
     "Cache",
     "CacheLayerMixin",
+    "GradientCheckpointingLayer",
     "append_entries",
     "attend",
     "capture_once",
@@ -47,8 +47,10 @@ __all__ = [
     "output_cache",
     "record_hidden_states",
     "rotation_table",
+    "share_checkpointing",
     "sliding_window",
     "take_cache",
+    "take_over",
     "tested_range",
     "warn_untested",
 ]
@@ -83,19 +85,20 @@ def warn_untested() -> None:
 
 # --- the families' modules -----------------------------------------------------------------------
 
+# A model type of transformers, and what the names of its classes begin with: a family that is made
+# of the same parts is added by its row.
+FAMILY_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 MODELING = {
-    "Llama": modeling_llama,
-    "Mistral": modeling_mistral,
-    "Qwen2": modeling_qwen2,
-    "Qwen3": modeling_qwen3,
+    name: importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    for model_type, name in FAMILY_NAMES.items()
 }
 # RMSNorm(x)·weight with an epsilon called variance_epsilon, as the kernels compute it.
 NORMS = tuple(getattr(module, f"{name}RMSNorm") for name, module in MODELING.items())
 
 # --- how a cache is handed over ------------------------------------------------------------------
 
-_FORWARD = tuple(inspect.signature(modeling_llama.LlamaModel.forward).parameters)[1:]
-_LAYER = inspect.signature(modeling_llama.LlamaDecoderLayer.forward).parameters
+_FORWARD = tuple(inspect.signature(MODELING["Llama"].LlamaModel.forward).parameters)[1:]
+_LAYER = inspect.signature(MODELING["Llama"].LlamaDecoderLayer.forward).parameters
 # The argument's name, then its older ones, which transformers goes on taking from its users.
 _CACHE_NAMES = tuple(name for name in ("cache", "past_key_values") if name in _LAYER)
 if _CACHE_NAMES == ("cache",):
@@ -199,7 +202,7 @@ def _renumbered(groups: Any, ids: list[int]) -> Any:
 
 def sliding_window(attention: nn.Module) -> int | None:
     """How many tokens this attention sees, itself included; None: all."""
-    if isinstance(attention, modeling_mistral.MistralAttention):
+    if isinstance(attention, MODELING["Mistral"].MistralAttention):
         return attention.config.sliding_window
     return getattr(attention, "sliding_window", None)
 
@@ -267,6 +270,27 @@ def execution_device(module: nn.Module) -> torch.device:
     if device.type == "meta" and hasattr(module, "_hf_hook"):
         return torch.device(module._hf_hook.execution_device)
     return device
+
+
+# --- what a decoder layer carries with it -------------------------------------------------------
+
+
+def take_over(layer: nn.Module, replacement: nn.Module) -> None:
+    """The mode, the gradient checkpointing and the hooks of a decoder layer pass to another. Hooks
+    (transformers' own for output_hidden_states among them) mean the layer at this depth, whatever
+    computes it: one set of them for both."""
+    replacement.training = layer.training
+    share_checkpointing(layer, replacement)
+    for name in vars(layer):
+        if "hooks" in name:
+            setattr(replacement, name, getattr(layer, name))
+
+
+def share_checkpointing(layer: nn.Module, other: nn.Module) -> None:
+    """The other layer recomputes its activations as this one does, or does not."""
+    other.gradient_checkpointing = layer.gradient_checkpointing
+    if layer.gradient_checkpointing:
+        other._gradient_checkpointing_func = layer._gradient_checkpointing_func
 
 
 # --- output_hidden_states ------------------------------------------------------------------------

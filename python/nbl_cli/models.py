@@ -8,6 +8,7 @@ import nbl
 import torch
 import transformers
 from nbl import measure, saving
+from nbl.selfcheck import check_installed
 from nbl.text import Document, load_texts
 
 from .output import write_record
@@ -20,6 +21,7 @@ def load(name: str, dtype: str, device: str, weights: str | None = None):
         loaded, tokenizer = load(name, dtype, device)
         return nbl.optimize(loaded, weights=weights), tokenizer
     target = _device(device)
+    check_installed()
     err.print(f"loading {name} ...", style="dim", markup=False, soft_wrap=True)
     if name == "demo":
         from nbl import demo

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,23 @@ from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
-from .fused import FusedLayer, fuse
-from .linearization import DRAFT_ORDER, check_no_draft, linear_layers
-from .models import config_entry, family_of, layer_specs
-from .upstream import capture_once
+from ..calibration import Calibration
+from ..checks import DRAFT_ORDER, check_model, check_no_draft
+from ..layers.fused import FusedLayer, fuse
+from ..layers.spec import config_entry, layer_specs
+from ..linearize import chosen_layers, linear_layers
+from ..models import family_of
+from ..upstream import capture_once
+from .step import Stack
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
-
-__all__ = ["DraftReport", "draft_model"]
+__all__ = [
+    "DraftReport",
+    "Drafting",
+    "check_draft",
+    "count_accepted",
+    "draft_model",
+    "draft_stacks",
+]
 
 
 @dataclass
@@ -89,15 +97,18 @@ def draft_model(
     Raises:
         ValueError: as linearize; a model that is a draft itself.
     """
-    family = family_of(model)
+    check_model(model)
     check_no_draft(model)
+    cal.check_model(model)
     if cal.down_proj:
         raise ValueError(
             "cal: expected one without refitted down projections, which a draft shares with its "
             "original"
         )
-    options = {"criterion": criterion, "ridge": ridge, "bias": bias, "rank": rank}
-    own = linear_layers(model, cal, layers, **options, batches=batches, maps=maps)
+    options = {"ridge": ridge, "bias": bias, "rank": rank}
+    layers = chosen_layers(model, cal, layers, criterion, batches, **options)
+    own = linear_layers(model, cal, layers, **options, maps=maps)
+    family = family_of(model)
     config = copy.deepcopy(model.config)
     config.__class__ = family.nbl_config
     config.nbl = config_entry(layer_specs(config) | {i: layer.spec for i, layer in own.items()})
@@ -131,3 +142,53 @@ def count_accepted(drafted: Tensor, exact: Tensor, done: Tensor, stop: Tensor) -
     ended = done[:, None] | (torch.isin(exact, stop).cumsum(dim=1) > 0)
     goes_on = ((drafted == exact) | ended).all(dim=0) & ~ended.all(dim=0)
     return int(goes_on.long().cumprod(dim=0).sum())
+
+
+def check_draft(draft: PreTrainedModel, model: PreTrainedModel) -> None:
+    """ValueError unless draft_model made `draft` of this model, as it is now."""
+    if not isinstance(draft, PreTrainedModel) or getattr(draft, DRAFT_ORDER, None) is None:
+        raise ValueError(f"draft: expected what nbl.draft_model made, got {type(draft).__name__}")
+    own, layers, shared = getattr(draft, DRAFT_ORDER), draft.model.layers, model.model.layers
+    same = draft.lm_head is model.lm_head and len(layers) == len(shared)
+    if not same or not all(
+        a.mlp is b.mlp and (a is b or i in own) for i, (a, b) in enumerate(zip(layers, shared))
+    ):
+        raise ValueError("draft: it was made of another model, or this one was changed since")
+    places = {(p.dtype, p.device) for i in own for p in layers[i].parameters()}
+    if len(places) > 1:
+        raise ValueError(f"draft: expected weights of one dtype on one device, got {places}")
+
+
+def draft_stacks(stack: Stack, draft: PreTrainedModel | None) -> list[Stack]:
+    """The draft's layers in use: none of its own, the first in its order, the first two, …"""
+    if draft is None:
+        return []
+    stacks = [stack]
+    for i in getattr(draft, DRAFT_ORDER):
+        layers, kept = list(stacks[-1].layers), list(stacks[-1].kept)
+        layers[i], kept[i] = draft.model.layers[i], None
+        fuse(layers[i])
+        stacks.append(Stack(layers, kept))
+    return stacks
+
+
+class Drafting:
+    """How many tokens are drafted at a time, and how that went."""
+
+    def __init__(self, stack: Stack, tokens: int | None, most: int, report: DraftReport) -> None:
+        self.stack = stack
+        self.report = report
+        self._most = most
+        self._fixed = tokens is not None
+        self._next = tokens or 1
+
+    def count(self, room: int) -> int:
+        """`room`: the tokens that are still wanted. The model's pass gives one itself."""
+        return min(self._next, self._most, room - 1)
+
+    def note(self, proposed: int, accepted: int) -> None:
+        self.report.proposed += proposed
+        self.report.accepted += accepted
+        self.report.passes += 1
+        if not self._fixed:
+            self._next = accepted + 1

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .upstream import (
+from ..upstream import (
     Cache,
     CacheLayerMixin,
     append_entries,
     check_croppable,
     length_after_crop,
 )
-
-if TYPE_CHECKING:
-    from .models import LayerSpec
+from .spec import LayerSpec
 
 __all__ = ["CacheBytes", "EmptyCacheLayer", "MemoryCacheLayer", "cache_bytes", "prepare_entries"]
 
@@ -240,7 +238,7 @@ def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec
     if specs and len(lengths) > 1:
         raise ValueError(
             f"cache: its entries have seen {sorted(lengths)} tokens, as after a crop that failed; "
-            "reset it and run the text anew"
+            "run the text anew on another one"
         )
 
 

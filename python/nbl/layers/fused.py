@@ -4,17 +4,18 @@ A fused layer *is* the layer it was: :func:`fuse` exchanges the class of the obj
 modules, parameters and hooks. What it adds is one tensor for the weights that are read together, q
 with k with v and gate with up; the modules' own parameters become views of it, so that no weight is
 in memory twice and ``state_dict``, ``save_pretrained``, ``load_state_dict`` and in-place updates
-mean what they always meant. Its linears are plain ones, or quantized (:mod:`nbl.quantized`).
+mean what they always meant. Its linears are plain ones, or quantized (:mod:`nbl.layers.quantized`).
 
 The kernels run where that means the same as transformers' code, and that code runs (on the same
 weights) everywhere else: in training mode, where autograd records, under autocast, where a module
-inside the layer is no longer a plain one (:mod:`nbl.plain`: calibration's hooks, a LoRA layer,
-weights of torchao or offloaded ones), and where attention weights are asked for.
+inside the layer is no longer a plain one (:mod:`nbl.layers.plain`: hooks, as of calibration, a LoRA
+layer, weights of torchao or offloaded ones), and where attention weights are asked for.
 """
 
 from __future__ import annotations
 
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from torch.nn import functional as F
 
 import nbl_kernels as nk
 
-from .models import LinearizedDecoderLayer, MemorySpan
+from ..upstream import MODELING, NORMS, Cache, attend, take_cache
+from .linearized import LinearizedDecoderLayer, MemorySpan
 from .plain import LINEARS, all_are_observed, has_plain_weights, is_observed, is_plain
 from .quantized import QuantizedLinear, quantize_linears, quantized_linears, scale_of
-from .upstream import MODELING, NORMS, Cache, attend, take_cache
 
 __all__ = ["FusedHead", "FusedLayer", "add_linear", "check_fusible", "fuse", "unfuse"]
 
@@ -158,7 +159,7 @@ class FusedLayer:
         return True
 
     def _is_plain(self) -> bool:
-        """Whether all that is read is plain (:mod:`nbl.plain`)."""
+        """Whether all that is read is plain (:mod:`nbl.layers.plain`)."""
         if all_are_observed():
             return False
         for name, block in self._blocks:
@@ -267,22 +268,6 @@ class FusedAttentionLayer(FusedLayer):
         return [kv_heads * attention.num_key_value_groups, kv_heads, kv_heads]
 
 
-class FusedLlamaDecoderLayer(FusedAttentionLayer, MODELING["Llama"].LlamaDecoderLayer):
-    modeling = MODELING["Llama"]
-
-
-class FusedMistralDecoderLayer(FusedAttentionLayer, MODELING["Mistral"].MistralDecoderLayer):
-    modeling = MODELING["Mistral"]
-
-
-class FusedQwen2DecoderLayer(FusedAttentionLayer, MODELING["Qwen2"].Qwen2DecoderLayer):
-    modeling = MODELING["Qwen2"]
-
-
-class FusedQwen3DecoderLayer(FusedAttentionLayer, MODELING["Qwen3"].Qwen3DecoderLayer):
-    modeling = MODELING["Qwen3"]
-
-
 class FusedHead(nn.Linear):
     """A language-model head that reads its weight once for the few rows of a decode step."""
 
@@ -298,16 +283,19 @@ class FusedHead(nn.Linear):
         return super().forward(x)
 
 
-_ATTENTION = (
-    FusedLlamaDecoderLayer,
-    FusedMistralDecoderLayer,
-    FusedQwen2DecoderLayer,
-    FusedQwen3DecoderLayer,
-)
+def _fused_attention(name: str, modeling: ModuleType) -> tuple[type, type]:
+    """(stock class, fused class) of a family's decoder layer; the second a name of this module."""
+    stock = getattr(modeling, f"{name}DecoderLayer")
+    attributes = {"__module__": __name__, "modeling": modeling}
+    fused = type(f"Fused{stock.__name__}", (FusedAttentionLayer, stock), attributes)
+    globals()[fused.__name__] = fused
+    return stock, fused
+
+
 _FUSED: dict[type, type] = {
     nn.Linear: FusedHead,
     LinearizedDecoderLayer: FusedLinearizedDecoderLayer,
-    **{fused.__bases__[1]: fused for fused in _ATTENTION},
+    **dict(_fused_attention(name, modeling) for name, modeling in MODELING.items()),
 }
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 

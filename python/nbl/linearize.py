@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from operator import index
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
-from .fused import FusedLayer, check_plain, fuse, unfuse
-from .models import (
-    LayerSpec,
-    LinearizedDecoderLayer,
-    become_nbl,
-    config_entry,
-    family_of,
-    layer_specs,
-    linearized_layers,
-    model_type_of,
-)
-from .quantized import quantized_linears, restore_linears
+from .calibration import Calibration, calibrate
+from .checks import check_layers, check_model, check_no_draft, check_one_device, has_lost_weights
+from .layers.fused import FusedLayer, check_plain, fuse, unfuse
+from .layers.linearized import LinearizedDecoderLayer, linear_layer, map_spec
+from .layers.quantized import restore_linears
+from .layers.spec import LayerSpec, config_entry, layer_specs, linearized_layers
+from .models import become_nbl, family_of
+from .upstream import share_checkpointing
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
-
-__all__ = ["drop", "linearize", "restore"]
+__all__ = ["chosen_layers", "drop", "forget_originals", "linear_layers", "linearize", "restore"]
 
 # Where a model keeps the layers that were replaced: a plain dict, so that they are in no state_dict
 # and follow no .to().
 _ORIGINALS = "_nbl_original_layers"
 # And, likewise, the weights of refitted down projections.
 _ORIGINAL_DOWN = "_nbl_original_down_proj"
-# Where a draft keeps the ids of its own layers, the first to be replaced first.
-DRAFT_ORDER = "_nbl_draft_order"
 
 
 def linearize(
@@ -85,7 +74,9 @@ def linearize(
             or not calibrated, a layer whose moments have no finite solution. The model is
             untouched.
     """
+    check_model(model)
     check_no_draft(model)
+    cal.check_model(model)
     if refit_mlp and not sequential:
         raise ValueError("refit_mlp: expected sequential=True beside it")
     options = {"ridge": ridge, "bias": bias, "rank": rank}
@@ -96,18 +87,12 @@ def linearize(
             raise ValueError("sequential: expected batches to fit the maps on")
         if iter(batches) is batches:  # a generator, which the criterion may read as well
             batches = list(batches)
-        _check_model(model, cal)
-        layers = _chosen(model, cal, layers, criterion, batches, **options)
-        if not layers:
-            return model
-        from .calibration import calibrate
-
+    layers = chosen_layers(model, cal, layers, criterion, batches, **options)
+    if sequential and layers:
         own = {"features": cal.features, "memory": cal.memory, "progress": False}
         fitted = {"sequential": True, "refit_mlp": refit_mlp, **options}
         cal = calibrate(model, batches, layers=layers, **own, **fitted)
-    replacements = linear_layers(
-        model, cal, layers, criterion=criterion, **options, batches=batches, maps=maps
-    )
+    replacements = linear_layers(model, cal, layers, **options, maps=maps)
     for i in cal.down_proj:
         check_plain(model.model.layers[i], f"refit_mlp: model.layers.{i}")
     _replace(model, replacements, cal.down_proj)
@@ -117,20 +102,16 @@ def linearize(
 def linear_layers(
     model: PreTrainedModel,
     cal: Calibration,
-    layers: int | Iterable[int],
+    layers: list[int],
     *,
-    criterion: str,
     ridge: float,
     bias: bool,
     rank: int | None,
-    batches: Iterable[Any] | None,
     maps: Mapping[int, nk.Lmmse] | None,
 ) -> dict[int, LinearizedDecoderLayer]:
-    """What :func:`linearize` puts into the model: {layer: its replacement}, the layer that is to be
-    replaced first in front. The model is not changed; errors are those of linearize."""
-    _check_model(model, cal)
-    layers = _chosen(model, cal, layers, criterion, batches, ridge=ridge, bias=bias, rank=rank)
-    if cal.sequential is not None and sorted(layers) != cal.layers:
+    """What :func:`linearize` puts into the model in the place of `layers`, as chosen_layers gave
+    them. The model is not changed; ValueError for maps that do not fit."""
+    if layers and cal.sequential is not None and sorted(layers) != cal.layers:
         raise ValueError(
             f"layers: expected {cal.layers}, whose maps were fitted together by a sequential "
             f"calibration, got {layers}"
@@ -146,14 +127,7 @@ def linear_layers(
     return replacements
 
 
-def _check_model(model: PreTrainedModel, cal: Calibration) -> None:
-    family_of(model)
-    check_one_device(model)
-    check_dtype(model)
-    check_calibration(model, cal)
-
-
-def _chosen(
+def chosen_layers(
     model: PreTrainedModel,
     cal: Calibration,
     layers: int | Iterable[int],
@@ -177,12 +151,6 @@ def _chosen(
     if missing:
         raise ValueError(f"layers {missing} are not in the calibration, which has {cal.layers}")
     return layers
-
-
-def map_spec(solved: nk.Lmmse, *, features: str, bias: bool, rank: int | None) -> LayerSpec:
-    """Of a layer with this map."""
-    filters = {name: getattr(solved, name, ()) for name in ("lags", "decays")}
-    return LayerSpec("linear", features, bias, rank, **filters)
 
 
 def drop(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -250,9 +218,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         like = current.post_attention_layernorm.weight
         original.to(device=like.device, dtype=like.dtype)
         original.train(current.training)
-        if current.gradient_checkpointing:
-            original._gradient_checkpointing_func = current._gradient_checkpointing_func
-        original.gradient_checkpointing = current.gradient_checkpointing
+        share_checkpointing(current, original)
         layers[i] = original
     for i, weight in vars(model).pop(_ORIGINAL_DOWN, {}).items():
         linear = layers[i].mlp.down_proj
@@ -264,109 +230,6 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     del model.config.nbl
     model.config.__class__ = family.config
     return model
-
-
-# --- shared with ranking and calibration ---------------------------------------------------------
-
-
-def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> list[int]:
-    """Layer ids, in the order given; ValueError or TypeError for anything but distinct ids of this
-    model."""
-    total = model.config.num_hidden_layers
-    if isinstance(layers, bool | str | bytes):
-        raise TypeError(f"layers: expected layer ids, got {layers!r}")
-    try:
-        layers = list(layers)
-        if any(isinstance(i, bool) for i in layers):
-            raise TypeError
-        ids = [index(i) for i in layers]
-    except TypeError:
-        raise TypeError(f"layers: expected layer ids, got {layers!r}") from None
-    beyond = [i for i in ids if not 0 <= i < total]
-    if beyond:
-        raise ValueError(f"layers {beyond} are out of range: the model has layers 0 to {total - 1}")
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"layers: an id occurs twice in {ids}")
-    return ids
-
-
-def check_calibration(model: PreTrainedModel, cal: Calibration) -> None:
-    """ValueError unless the calibration was made on a model of this type and size."""
-    config = model.config
-    ours = (model_type_of(model), config.hidden_size, config.num_hidden_layers)
-    theirs = (cal.model_type, cal.hidden_size, cal.num_hidden_layers)
-    if ours != theirs:
-        raise ValueError(
-            "the calibration is of another model: (model type, hidden size, layers) are "
-            f"{theirs} there and {ours} here"
-        )
-
-
-def check_dtype(model: PreTrainedModel) -> None:
-    """ValueError for a dtype that the kernels do not take."""
-    dtype = model.model.norm.weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"expected a model in float32, bfloat16 or float16, got {dtype}")
-
-
-def has_lost_weights(model: PreTrainedModel) -> bool:
-    """Whether weights are quantized and not all of the original ones were kept."""
-    return any(linear.original is None for linear in quantized_linears(model))
-
-
-def check_no_draft(model: PreTrainedModel) -> None:
-    """ValueError for what :func:`nbl.draft_model` made: most of its layers are another model's."""
-    if getattr(model, DRAFT_ORDER, None) is not None:
-        raise ValueError(
-            "the model is a draft, which shares its layers with the model it was made from: change "
-            "that one, or make another draft"
-        )
-
-
-def check_one_device(model: PreTrainedModel) -> None:
-    """ValueError for a model that accelerate spreads over devices: its hooks sit on the layers."""
-    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    if len(places) > 1:
-        raise ValueError(
-            f"the model is spread over {sorted(places)}: linearize it on one device, save it, "
-            "and load the checkpoint with a device_map"
-        )
-
-
-def linear_layer(
-    layer: torch.nn.Module, spec: LayerSpec, solved: nk.Lmmse, layer_id: int
-) -> LinearizedDecoderLayer:
-    """The replacement of one decoder layer, its map checked and set."""
-    linear = LinearizedDecoderLayer(layer, spec)
-    if spec.bias != (solved.bias is not None):
-        raise ValueError(f"maps[{layer_id}]: bias={spec.bias} was asked for, the map differs")
-    if spec.rank is not None and solved.factors is None:
-        raise ValueError(
-            f"maps[{layer_id}]: rank={spec.rank} was asked for, the map has no factors"
-        )
-    tensors = (solved.weight,) if spec.rank is None else tuple(solved.factors)
-    tensors += (solved.bias,) if spec.bias else ()
-    shapes = [tuple(t.shape) for t in tensors]
-    if shapes != linear.map_shapes:
-        raise ValueError(f"maps[{layer_id}]: expected shapes {linear.map_shapes}, got {shapes}")
-    linear.set_map(solved.weight, solved.bias, solved.factors)
-    own = [p for name, p in linear.named_parameters() if name.startswith("linear")]
-    if not all(torch.isfinite(p).all() for p in own):
-        raise ValueError(f"layer {layer_id}: the map is not finite in {own[0].dtype}")
-    return linear
-
-
-@contextmanager
-def replaced(model: PreTrainedModel, layer_id: int, layer: torch.nn.Module) -> Iterator[None]:
-    """One decoder layer exchanged for the length of the block, nothing else changed: for measuring
-    without a cache."""
-    layers = model.model.layers
-    original = layers[layer_id]
-    layers[layer_id] = layer
-    try:
-        yield
-    finally:
-        layers[layer_id] = original
 
 
 def _template(model: PreTrainedModel, layer_id: int, spec: LayerSpec) -> torch.nn.Module:

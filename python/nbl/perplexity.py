@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .batches import read_batches
-from .models import memory_arguments
+from .layers.linearized import memory_arguments
 from .upstream import execution_device
 
 __all__ = ["Perplexity", "perplexity"]

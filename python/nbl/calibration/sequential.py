@@ -21,19 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
-from .batches import Batch
-from .linearization import linear_layer, map_spec
-from .models import memory_arguments
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
+from ..batches import Batch
+from ..layers.linearized import linear_layer, map_spec, memory_arguments
+from .calibration import Calibration
 
 __all__ = ["calibrate_sequentially"]
 
@@ -70,7 +67,7 @@ def calibrate_sequentially(
         if i in cal.layers:
             for batch, z, x in zip(batches, attended, compressed):
                 y = (z.float() - x.float()).to(x.dtype)
-                cal._update(i, x, layer.input_layernorm(x), y, batch.attention_mask, batch.starts)
+                cal.update(i, x, layer.input_layernorm(x), y, batch.attention_mask, batch.starts)
             solved = cal.solve(**options, layers=[i])[i]
             spec = map_spec(solved, features=cal.features, bias=bias, rank=rank)
             replacement = linear_layer(layer, spec, solved, i)

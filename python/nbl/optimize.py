@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 import nbl_kernels as nk
 from nbl_kernels.quantization import FORMATS
 
-from .fused import FusedLayer, check_fusible, check_plain, fuse, unfuse
-from .linearization import check_dtype, check_no_draft, check_one_device, forget_originals
-from .models import become_nbl, family_of
-from .quantized import quantize_linears, quantized_linears
+from .checks import check_model, check_no_draft
+from .layers.fused import FusedLayer, check_fusible, check_plain, fuse, unfuse
+from .layers.quantized import quantize_linears, quantized_linears
+from .linearize import forget_originals
+from .models import become_nbl
 from .selfcheck import check_installed
 
 __all__ = ["optimize", "weight_bytes"]
@@ -29,7 +30,7 @@ def optimize(
     launches. The head reads its weight once. ``forward``, ``generate`` in all its modes, every
     cache and attention implementation, output_hidden_states and torch.compile go on working; so do
     training, autocast, output_attentions, calibration and adapters, in transformers' own code on
-    the same weights (see :mod:`nbl.fused`). Logits differ by rounding only.
+    the same weights (see :mod:`nbl.layers.fused`). Logits differ by rounding only.
 
     The model keeps its modules and parameters. Weights that are read together are packed into one
     tensor, of which the parameters become views: memory grows by one layer's weights while packing
@@ -74,9 +75,7 @@ def optimize(
         raise ValueError(f"weights: expected None or one of {', '.join(FORMATS)}, got {weights!r}")
     if keep_original and weights is None:
         raise ValueError("keep_original: expected weights beside it; None keeps the weights anyway")
-    family_of(model)
-    check_one_device(model)
-    check_dtype(model)
+    check_model(model)
     act = model.config.hidden_act
     if act not in ("silu", "swish"):
         raise ValueError(f"hidden_act: expected 'silu', got {act!r}; the fused MLP is SwiGLU")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook as all_are_observed
 
+from ..upstream import NORMS, is_capturing_hook
 from .quantized import QuantizedLinear
-from .upstream import NORMS, is_capturing_hook
 
 __all__ = [
     "LINEARS",

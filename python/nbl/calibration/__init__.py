@@ -1,0 +1,14 @@
+"""What is measured of a model, and how.
+
+calibration   Calibration: the sums of every layer, and the maps and scores that follow from them
+calibrate     the pass over the text that fills it
+sequential    the same, layer by layer, each on what those below have become
+ranking       scores of layers, and their order
+store         its files, and what identifies a model and its batches
+"""
+
+from .calibrate import calibrate
+from .calibration import Calibration
+from .ranking import CRITERIA, LayerScore
+
+__all__ = ["CRITERIA", "Calibration", "LayerScore", "calibrate"]
