@@ -17,8 +17,9 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 demo: install
 	$(BIN)/nbl demo --overwrite
 
+# Two processes, a file each at a time: compilers and small models keep one core busy.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: install
 	$(BIN)/python -m pytest --benchmark

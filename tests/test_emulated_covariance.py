@@ -143,7 +143,7 @@ def test_without_a_shift(dtype, method):
     assert_exact(layer)
 
 
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
+@pytest.mark.parametrize("method, multiprocessors", [(PORTABLE, 1), (PANELS, 60)])
 @pytest.mark.parametrize(
     "left_out",
     [
@@ -156,7 +156,6 @@ def test_without_a_shift(dtype, method):
         ("gram_ff", "gram_tf", "gram_tt", "gram_bf", "gram_bb"),
     ],
 )
-@pytest.mark.parametrize("multiprocessors", [1, 60])
 def test_gram_matrices_may_be_left_out(left_out, method, multiprocessors):
     """Null pointers, no tiles: of one layer among others, with tokens split and not."""
     dims = (136, 24, 40)
@@ -318,8 +317,7 @@ def test_results_do_not_depend_on_the_schedule(dtype):
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype, value", zip(DTYPES, [float("nan"), float("inf"), -float("inf")]))
 def test_values_that_are_not_finite_are_refused(dtype, value):
     first, second = plain_layer(300, (24, 16), dtype), plain_layer(300, (24, 16), dtype)
     assert update(first, second) == NO_BAD_VALUE

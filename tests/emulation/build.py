@@ -17,7 +17,7 @@ ROOT = HERE.parent.parent
 FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g",
+    "-g1",
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
