@@ -17,9 +17,10 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 demo: install
 	$(BIN)/nbl demo --overwrite
 
-# Two processes, a file each at a time: compilers and small models keep one core busy.
+# Two processes, a file each at a time: compilers and small models keep one core busy. Their threads
+# wait for each other without taking a core from the other process.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: install
 	$(BIN)/python -m pytest --benchmark
