@@ -317,7 +317,7 @@ def test_results_do_not_depend_on_the_schedule(dtype):
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-@pytest.mark.parametrize("dtype, value", zip(DTYPES, [float("nan"), float("inf"), -float("inf")]))
+@pytest.mark.parametrize("dtype, value", list(zip(DTYPES, map(float, ("nan", "inf", "-inf")))))
 def test_values_that_are_not_finite_are_refused(dtype, value):
     first, second = plain_layer(300, (24, 16), dtype), plain_layer(300, (24, 16), dtype)
     assert update(first, second) == NO_BAD_VALUE
