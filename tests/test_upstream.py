@@ -153,6 +153,20 @@ def test_arguments_by_position(memory, linearized, ids):
     torch.testing.assert_close(torch.cat([first, last], dim=1), expected)
 
 
+@torch.no_grad()
+def test_a_fused_layer_takes_its_arguments_as_a_stock_one(tiny_model, ids):
+    """By position too, in the order of transformers; then the stock code runs."""
+    stock, model = tiny_model(), nbl.optimize(tiny_model())
+    x = stock.model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    rotation = stock.model.rotary_emb(x, positions)
+    expected = stock.model.layers[0](x, None, positions, position_embeddings=rotation)
+    layer = model.model.layers[0]
+    named = {"position_ids": positions, "position_embeddings": rotation}
+    for found in (layer(x, None, positions, None, False, rotation), layer(x, **named)):
+        torch.testing.assert_close(found, expected)
+
+
 # --- crop ----------------------------------------------------------------------------------------
 
 

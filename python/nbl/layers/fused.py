@@ -223,11 +223,9 @@ class FusedAttentionLayer(FusedLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        asked = kwargs | {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "position_embeddings": position_embeddings,
-        }
+        asked = dict(kwargs)
+        if position_embeddings is not None:
+            asked["position_embeddings"] = position_embeddings
         attention = self.self_attn
         attentions = kwargs.get(
             "output_attentions", getattr(attention.config, "output_attentions", False)
@@ -236,7 +234,7 @@ class FusedAttentionLayer(FusedLayer):
         # A paged cache is handed over with more than its name.
         known = position_embeddings is not None and (cache is None or isinstance(cache, Cache))
         if args or attentions or not known or not self._runs_fused(hidden_states):
-            return super().forward(hidden_states, *args, **asked)
+            return super().forward(hidden_states, attention_mask, position_ids, *args, **asked)
         q, k, v = self._qkv(hidden_states).split(self._heads, dim=-2)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)

@@ -147,7 +147,7 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
             y = self._recall(x, state, span, history)
             entry.remember(history)
             return y
-        if not self._is_plain():
+        if not self._map_is_plain():
             y = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
             for linear in self._maps():
                 y = linear(y)
@@ -181,7 +181,7 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """x + W φ(x) + b, which takes the state (and its history) on."""
         span = span or MemorySpan()
-        if not self._is_plain():
+        if not self._map_is_plain():
             return self._recall_by_calls(x, state, span, history)
         v, u = self.linear_v, getattr(self, "linear_u", None)
         return nk.memory_scan(
@@ -216,7 +216,7 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         names = ("linear", "linear_v", "linear_u")
         return [self._modules[name] for name in names if name in self._modules]
 
-    def _is_plain(self) -> bool:
+    def _map_is_plain(self) -> bool:
         """Whether kernels may read the map's weights and its norm's (:mod:`nbl.layers.plain`)."""
         norm = self._modules.get("input_layernorm")
         if all_are_observed() or not (norm is None or is_plain_norm(norm)):
