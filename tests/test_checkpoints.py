@@ -109,7 +109,6 @@ def test_loading_options(linearized, ids, tmp_path):
 
 @torch.no_grad()
 def test_device_map(linearized, ids, tmp_path):
-    pytest.importorskip("accelerate")
     model = linearized()
     model.save_pretrained(tmp_path)
     for device_map in ("cpu", "auto"):

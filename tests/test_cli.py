@@ -235,7 +235,6 @@ def test_compress_evaluates_and_saves(tiny, book, tmp_path):
     command = ("generate", "out", "--prompt", "def f", "--max-new-tokens", 3)
     assert result_of(*command, "--weights", "int4")["weights"] == "int4"
 
-    pytest.importorskip("matplotlib")
     files = result_of("report", "out", "--png")["files"]
     assert sorted(Path(name).name for name in files) == [
         "error_per_layer.png",
@@ -636,7 +635,6 @@ def test_an_existing_target_is_refused_and_kept(tiny, book, tmp_path):
 
 
 def test_report_keeps_files_of_others(calibrated, tmp_path):
-    pytest.importorskip("matplotlib")
     page = tmp_path / "page.html"
     page.write_text("mine")
     assert "exists" in refusal_of("report", calibrated, "-o", page)
@@ -795,7 +793,6 @@ def test_help_imports_no_large_library(command, tmp_path):
 
 
 def test_a_report_imports_what_draws_it(calibrated, tmp_path):
-    pytest.importorskip("matplotlib")
     imported = imported_by(tmp_path, "report", calibrated, "-o", tmp_path / "page.html", "--png")
     assert imported == {"matplotlib", "numpy"}
 

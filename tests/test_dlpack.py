@@ -143,7 +143,8 @@ def test_read_only_arrays_are_arguments_like_others(recwarn):
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_bfloat16_by_ml_dtypes(read_only):
-    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    from ml_dtypes import bfloat16
+
     t = linear_inputs(torch.bfloat16)
     a = {name: value.view(torch.uint16).numpy().view(bfloat16) for name, value in t.items()}
     for value in a.values():
