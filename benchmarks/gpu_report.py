@@ -3,7 +3,7 @@
     python benchmarks/gpu_report.py
 
 1. build      this source tree (or --wheel) into a temporary folder
-2. tests      tests/test_cuda.py, one process per area, so that a crash costs one area
+2. tests      those of the operators and models, a process per area: a crash costs one area
    sanitizer  memcheck and racecheck of compute-sanitizer, on small shapes, meanwhile
 3. bench      pytest --benchmark --benchmark-device cuda
 4. a dated JSON and Markdown file in benchmarks/results, and a short table
@@ -39,14 +39,18 @@ from gpu.devices import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "tests", "sanitizer", "bench")
-# One process each, and what pytest is told.
+# One process each: what pytest is told beside the device.
 AREAS = {
-    area: ["tests/test_cuda.py", "-k", f"test_{area}"]
-    for area in ("linear", "covariance", "solve", "rope", "memory", "model")
+    "linear": ["kernels/test_linear.py", "kernels/test_quantization.py"],
+    "covariance": ["kernels/test_covariance.py", "kernels/test_memory_moments.py"],
+    "solve": ["kernels/test_lmmse.py"],
+    "rope": ["kernels/test_rope.py"],
+    "memory": ["kernels/test_memory.py"],
+    "streams": ["kernels/test_cuda.py"],  # and graphs, large tensors, CuPy
+    "model": ["models/test_cuda_models.py"],
+    "interop": ["kernels/test_dlpack.py", "kernels/test_jit.py"],
 }
-AREAS["interop"] = [f"tests/test_{name}.py" for name in ("cuda", "dlpack", "jit")]
-AREAS["interop"] += ["-k", "test_interop or cupy or test_on_a_gpu"]
-DRY_AREAS = ("model", "interop")
+DRY_AREAS = ("rope", "interop")
 # When each part must have ended, as a share of --minutes; what is left over is for the next.
 BUILD_END, CHECKS_END, BENCH_END, SWEEP_END = 0.42, 0.62, 0.97, 0.97
 BENCH_END_BEFORE_SWEEP = 0.8
@@ -89,7 +93,8 @@ class Run:
         path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")]))
         settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
         if self.dry_run:
-            settings |= {"OMP_NUM_THREADS": "1", "NBL_TEST_DEVICE": "cpu"}
+            settings |= {"OMP_NUM_THREADS": "1"}
+        settings["NBL_TEST_DEVICE"] = "cpu" if self.dry_run else "cuda"
         start = time.monotonic()
         with log.open("w") as out:
             try:
@@ -157,7 +162,9 @@ def installed(run: Run) -> tuple[dict[str, object], Stage | None]:
 def tests(run: Run, area: str) -> Stage:
     junit = run.folder / f"{area}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    command += [f"--junitxml={junit}", *AREAS[area]]
+    # A device is in the ids of its tests; CuPy, and what a GPU alone has, in the names.
+    named = "cpu or cupy" if run.dry_run else "cuda or cupy or gpu"
+    command += [f"--junitxml={junit}", "-k", named, *(f"tests/{file}" for file in AREAS[area])]
     name = f"tests {area}"
     status, seconds, lines = run.process(name, command, run.left(CHECKS_END))
     detail = "no report: the process was ended or died"

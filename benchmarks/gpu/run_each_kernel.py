@@ -1,7 +1,7 @@
 """Runs every kernel a few times on small shapes: what compute-sanitizer watches.
 
 Results are compared with the float64 reference loosely, so that a run that computes nothing does
-not pass; how exact they are is for tests/test_cuda.py. Inputs are made on the CPU: few kernels of
+not pass; how exact they are is for tests/kernels. Inputs are made on the CPU: few kernels of
 others are launched.
 """
 

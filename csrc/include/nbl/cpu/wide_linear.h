@@ -1,17 +1,16 @@
 // The fused linear for many rows of x (prefill): out = epilogue(weight · prologue(x)), as in
 // skinny_linear.h.
 //
-//               kPanel outputs             their rows of the weight, packed: the numbers (pairs,
-//               for
-//             ┌────────────┐               bf16 where the processor multiplies pairs) of one column
-//    columns  │   panel    │               after those of another, a block of columns at a time;
-//             │            │               stays in L2 while all rows of x pass over it
-//             └────────────┘
-//  kMicroRows ┌────────────┐               the accumulators fill the registers; the features are
-//  not
-//     rows of │ micro tile │               packed: each number (pair) is broadcast from where it
-//     lies
+// clang-format off
+//               kPanel outputs
+//             ┌────────────┐    their rows of the weight, packed: the numbers (pairs, for bf16 where
+//    columns  │   panel    │    the processor multiplies pairs) of one column after those of
+//             │            │    another, a block of columns at a time; stays in L2 while all rows
+//             └────────────┘    of x pass over it
+//  kMicroRows ┌────────────┐    the accumulators fill the registers; the features are not packed:
+//     rows of │ micro tile │    each number (pair) is broadcast from where it lies
 //    features └────────────┘
+// clang-format on
 //
 // So a weight is read from memory once, as it is stored: decode and prefill share one copy. The
 // sums of a panel wait in L2 for the next block of columns, then for the epilogue, which writes
@@ -80,13 +79,23 @@ void pack_panel(const T* rows, int64_t stride, int64_t count, int64_t k, float* 
 #endif
 }
 
-// sums (kMicroRows, kPanel) = (or +=) features · panel, over k columns.
+// sums (kMicroRows, kPanel) = (or +=) features · panel, over k columns. These are summed up before
+// they are added: roundings grow with the root of k then, not with that of all columns.
+constexpr int64_t kSummedColumns = 256;
+
+inline void store_sums(const MicroTile& tile, bool add, float* sums) {
+  for (int i = 0; i < kMicroRows; ++i)
+    for (int v = 0; v < kPanelVecs; ++v) {
+      float* at = sums + i * kPanel + v * Vec::kWidth;
+      (add ? Vec::load(at) + tile.at[i][v] : tile.at[i][v]).store(at);
+    }
+}
+
 [[gnu::noinline]] inline void wide_tile(const float* features, int64_t padded, const float* panel,
                                         int64_t k, bool add, float* sums) {
   MicroTile tile;
   for (int i = 0; i < kMicroRows; ++i)
-    for (int v = 0; v < kPanelVecs; ++v)
-      tile.at[i][v] = add ? Vec::load(sums + i * kPanel + v * Vec::kWidth) : Vec::zero();
+    for (int v = 0; v < kPanelVecs; ++v) tile.at[i][v] = Vec::zero();
   for (int64_t j = 0; j < k; ++j) {
     Vec w[kPanelVecs];
     for (int v = 0; v < kPanelVecs; ++v) w[v] = Vec::load(panel + v * Vec::kWidth);
@@ -96,8 +105,7 @@ void pack_panel(const T* rows, int64_t stride, int64_t count, int64_t k, float* 
     }
     panel += kPanel;
   }
-  for (int i = 0; i < kMicroRows; ++i)
-    for (int v = 0; v < kPanelVecs; ++v) tile.at[i][v].store(sums + i * kPanel + v * Vec::kWidth);
+  store_sums(tile, add, sums);
 }
 
 #if defined(NBL_AVX512_BF16)
@@ -124,8 +132,7 @@ inline void pack_panel(const bfloat16* rows, int64_t stride, int64_t count, int6
                                         const bfloat16* panel, int64_t k, bool add, float* sums) {
   MicroTile tile;
   for (int i = 0; i < kMicroRows; ++i)
-    for (int v = 0; v < kPanelVecs; ++v)
-      tile.at[i][v] = add ? Vec::load(sums + i * kPanel + v * Vec::kWidth) : Vec::zero();
+    for (int v = 0; v < kPanelVecs; ++v) tile.at[i][v] = Vec::zero();
   for (int64_t j = 0; j < k; j += 2) {
     __m512bh w[kPanelVecs];
     for (int v = 0; v < kPanelVecs; ++v) w[v] = (__m512bh)_mm512_loadu_si512(panel + 32 * v);
@@ -138,8 +145,7 @@ inline void pack_panel(const bfloat16* rows, int64_t stride, int64_t count, int6
     }
     panel += 2 * kPanel;
   }
-  for (int i = 0; i < kMicroRows; ++i)
-    for (int v = 0; v < kPanelVecs; ++v) tile.at[i][v].store(sums + i * kPanel + v * Vec::kWidth);
+  store_sums(tile, add, sums);
 }
 #endif
 
@@ -209,8 +215,9 @@ void add_blocks(const R* rows, int64_t stride, int64_t count, const Feature* fea
       for (int64_t r = group * count / groups; r < (group + 1) * count / groups; ++r)
         for (int64_t j = 0; j < width; j += 64 / int64_t{sizeof(R)})
           __builtin_prefetch(next + r * stride + j, 0, 2);
-      wide_tile(features + group * kMicroRows * padded + block, padded, panel, width, block > 0,
-                sums + group * kMicroSize);
+      for (int64_t j = 0; j < width; j += kSummedColumns)
+        wide_tile(features + group * kMicroRows * padded + block + j, padded, panel + j * kPanel,
+                  std::min(kSummedColumns, width - j), block + j > 0, sums + group * kMicroSize);
     }
   }
 }
