@@ -68,5 +68,9 @@ def padded() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def padded_inputs(padded: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    return {"input_ids": padded[0], "attention_mask": padded[1]}
+def padded_inputs() -> dict[str, Tensor]:
+    """Two prompts, the second shorter: padded on the left."""
+    ids = make_token_batches(1, batch_size=2, length=9, seed=6)[0].clone()
+    mask = torch.ones_like(ids)
+    ids[1, :4], mask[1, :4] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}

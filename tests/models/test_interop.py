@@ -132,7 +132,7 @@ def test_quantized_by_torchao_before(kind, linearized, tiny_model, ids, tmp_path
     quantize_(model, Int8WeightOnlyConfig())
     model = linearized(kind, model)
     expected = model(ids).logits
-    assert torch.equal(generated(model, ids)[:, :12], ids)
+    assert torch.equal(generated(model, ids)[:, : ids.shape[1]], ids)
     with pytest.raises(ValueError, match=r"plain nn\.Linear"):
         nbl.optimize(model)
     torch.save(model.state_dict(), tmp_path / "state.pt")

@@ -10,7 +10,6 @@ import warnings
 import nbl
 import pytest
 import torch
-import transformers
 from nbl import measure, selfcheck, upstream
 from nbl.upstream import CACHE, output_cache
 from nbl_cli.app import app
@@ -39,6 +38,12 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+def fake_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    # transformers may have replaced its own module between the imports of ours
+    for module in (upstream, selfcheck):
+        monkeypatch.setattr(module.transformers, "__version__", version)
+
+
 def test_an_untested_version_is_named_once_and_works():
     done = run(
         "import transformers.models.llama.modeling_llama, sys;"  # transformers reloads itself here
@@ -62,7 +67,7 @@ def test_a_tested_version_says_nothing():
     [("5.16.9", False), ("5.17.0", True), ("5.24.3", True), ("5.25.0.dev0", False), ("6.0", False)],
 )
 def test_the_tested_range(version, tested, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    fake_version(monkeypatch, version)
     assert upstream.is_tested() == tested
 
 
@@ -72,7 +77,7 @@ def test_a_version_that_goes_wrong_is_refused(tiny_model, monkeypatch):
     selfcheck._differences.cache_clear()
     model = tiny_model()
     assert nbl.optimize(tiny_model()) is not None  # a tested version is not tried
-    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    fake_version(monkeypatch, "5.99.1")
     for call in (nbl.optimize, lambda m: nbl.Runner(m, 1, 16)):
         with pytest.raises(RuntimeError, match=r"5\.99\.1 is not .*5\.17 to 5\.24.*steps with a"):
             call(model)
@@ -83,7 +88,7 @@ def test_a_version_that_goes_wrong_is_refused(tiny_model, monkeypatch):
 def test_commands_refuse_a_version_that_goes_wrong(monkeypatch, tmp_path):
     """Before they read a text."""
     monkeypatch.setattr(upstream, "_CACHE_NAMES", ("kv_store",))
-    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    fake_version(monkeypatch, "5.99.1")
     monkeypatch.setattr(nbl, "calibrate", None)
     selfcheck._differences.cache_clear()
     arguments = ["compress", "demo", "--layers", "2", "-o", str(tmp_path / "out")]
