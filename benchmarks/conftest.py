@@ -79,7 +79,7 @@ class Comparison:
         shape: str,
         dtype: torch.dtype,
         *,
-        switch: str,
+        switch: str | None,
         ours: Call,
         pytorch: dict[str, Call],
         ref: Call,
@@ -95,7 +95,7 @@ class Comparison:
         """Adds a row.
 
         Args:
-            switch: whose paths are compared on a GPU: linear, gram, solve, rope or memory.
+            switch: whose paths are compared on a GPU: linear, covariance, rope, memory, or None.
             ours, pytorch, ref: what is compared; every call gets the number of the next copy.
             copies: of the data, together larger than the caches.
             flops, bytes_read: of one call. The limit is whichever takes longer on this machine.

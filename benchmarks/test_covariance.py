@@ -58,7 +58,7 @@ def test_update(compare, d: int, dtype: str, tokens: int) -> None:
         "covariance",
         f"{tokens}x{d}",
         f.dtype,
-        switch="gram",
+        switch="covariance",
         ours=lambda i: accumulator.update(features[i], targets[i]),
         pytorch={"full Gram matrices": lambda i: full_grams(features[i], targets[i])},
         # in float64, as the paper's authors do
@@ -103,7 +103,7 @@ def test_memory_update(compare, d: int, dtype: str, tokens: int) -> None:
         "memory moments",
         f"{tokens}x{d}",
         f.dtype,
-        switch="gram",
+        switch="covariance",
         ours=lambda i: accumulator.update(features[i], targets[i]),
         pytorch={"stacked": lambda i: stacked.update(stack(features[i]), targets[i])},
         ref=lambda i: nk.covariance_update_ref(nk.memory_features(features[i]), targets[i]),

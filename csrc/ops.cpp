@@ -52,9 +52,10 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "
       "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> ()");
 
-  // Both batched over the first dimension; ridge is NaN where no ridge made the matrix definite.
-  // (weight, u, v, error, ridge): W = C_tf (C_ff + λI)⁻¹, λ = ridge · mean(diag C_ff), of rank
-  // `rank` as u v (0: full, u and v empty); error = energy - tr(2 W C_ft - W C_ff Wᵀ)
+  // By torch.linalg on every device (nbl_kernels/solves.py), batched over the first dimension;
+  // ridge is NaN where no ridge made the matrix definite. (weight, u, v, error, ridge): W = C_tf
+  // (C_ff + λI)⁻¹, λ = ridge · mean(diag C_ff), of rank `rank` as u v (0: full, u and v empty);
+  // error = energy - tr(2 W C_ft - W C_ff Wᵀ)
   m.def(
       "lmmse_solve(Tensor cov_ff, Tensor cov_tf, Tensor energy, float ridge, int rank) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -88,10 +89,4 @@ STABLE_TORCH_LIBRARY(nbl, m) {
       "covariance_update_plain(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "
       "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> ()");
-  m.def(
-      "lmmse_solve_plain(Tensor cov_ff, Tensor cov_tf, Tensor energy, float ridge, int rank) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cca_matrix_plain(Tensor cov_ff, Tensor cov_bf, Tensor cov_bb) -> (Tensor, Tensor)");
-  m.def(
-      "residual_cca_matrix_plain(Tensor cov_ff, Tensor cov_tf, Tensor cov_tt) -> (Tensor, Tensor)");
 }

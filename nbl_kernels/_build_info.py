@@ -65,7 +65,7 @@ def cuda_reason() -> str:
 
 
 def cuda_paths() -> dict[str, str]:
-    """Which implementation runs on tensors of the current GPU, for "linear", "gram", "solve",
+    """Which implementation runs on tensors of the current GPU, for "linear", "covariance",
     "rope" and "memory".
 
     "plain" is PyTorch operations: the default until a GPU of that kind has shown our kernels to be
@@ -79,12 +79,12 @@ def cuda_paths() -> dict[str, str]:
 
 
 def set_cuda_path(op: str, path: str) -> None:
-    """Selects the implementation of "linear", "gram", "solve", "rope", "memory" or "all" on CUDA
+    """Selects the implementation of "linear", "covariance", "rope", "memory" or "all" on CUDA
     tensors.
 
-    ``path``: "auto" (what has been measured to be the best), "plain", "kernel"; for gram also
-    "cublas", "portable" (sm_80 and later) and "hopper". The environment variable
-    ``NBL_CUDA_PATHS="linear=kernel,gram=portable"`` does the same at start.
+    ``path``: "auto" (what has been measured to be the best), "plain", "kernel"; for covariance
+    also "cublas", "portable" (sm_80 and later) and "hopper". The environment variable
+    ``NBL_CUDA_PATHS="linear=kernel,covariance=portable"`` does the same at start.
     Raises RuntimeError where the CUDA kernels are not there, or for an unknown name.
     """
     if _ops._C_cuda is None:

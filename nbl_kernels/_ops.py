@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nbl_kernels import reference
+from nbl_kernels import reference, solves
 from nbl_kernels.memory import check_scan, plain_scan
 from nbl_kernels.quantization import check_scale, dequantize
 
@@ -115,8 +115,7 @@ def _(cov_ff, cov_bf, cov_bb):
     return cov_bf.new_empty(cov_bf.shape), cov_bf.new_empty((cov_bf.shape[0],))
 
 
-# Plain PyTorch where no kernel of ours runs, in the operations that its users would write; the
-# solves run on the CPU then.
+# Plain PyTorch where no kernel of ours runs, in the operations that its users would write.
 
 
 def _as_kernel(composite):
@@ -211,14 +210,6 @@ def _covariance_update(
         gram += new[f"sum_{name}"]
 
 
-def _on_cpu(op):
-    def composite(*arguments):
-        results = op(*(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
-        return tuple(t.to(arguments[0].device) for t in results)
-
-    return composite
-
-
 for _composite, _names in {
     _residual_linear: ("residual_linear", "residual_linear_inference", "residual_linear_plain"),
     _norm_linear: ("norm_linear", "norm_linear_inference", "norm_linear_plain"),
@@ -226,12 +217,9 @@ for _composite, _names in {
     _rope_append: ("rope_append", "rope_append_plain"),
     _memory_scan: ("memory_scan", "memory_scan_plain"),
     _covariance_update: ("covariance_update", "covariance_update_plain"),
-    _on_cpu(torch.ops.nbl.lmmse_solve): ("lmmse_solve", "lmmse_solve_plain"),
-    _on_cpu(torch.ops.nbl.cca_matrix): ("cca_matrix", "cca_matrix_plain"),
-    _on_cpu(torch.ops.nbl.residual_cca_matrix): (
-        "residual_cca_matrix",
-        "residual_cca_matrix_plain",
-    ),
+    solves.lmmse_solve: ("lmmse_solve",),
+    solves.cca_matrix: ("cca_matrix",),
+    solves.residual_cca_matrix: ("residual_cca_matrix",),
 }.items():
     for _name in _names:
         torch.library.impl(f"nbl::{_name}", "CompositeExplicitAutograd", _composite)

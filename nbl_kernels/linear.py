@@ -2,10 +2,10 @@
 
 CPU kernels: ``csrc/include/nbl/cpu/skinny_linear.h`` up to 16 rows of x (decode; float32 64, in
 passes of 16), ``wide_linear.h`` beside it for more (prefill), both launched by
-``csrc/cpu/skinny_linear.cpp``, which says where ATen's matrix product is the faster wide one.
+``csrc/cpu/linear.cpp``, which says where ATen's matrix product is the faster wide one.
 
 CUDA kernels: ``csrc/include/nbl/cuda/skinny_linear.cuh``, launched by
-``csrc/cuda/skinny_linear.cu`` where ``cuda_paths()`` says so; above 16 rows cuBLASLt
+``csrc/cuda/linear.cu`` where ``cuda_paths()`` says so; above 16 rows cuBLASLt
 (``csrc/cuda/matmul.cpp``), for which a quantized weight is dequantized 32 MiB at a time. Otherwise
 CUDA tensors take plain PyTorch operations.
 

@@ -9,10 +9,8 @@ With ``C_ff + λI = L Lᵀ`` and ``G = C_tf L⁻ᵀ``::
 and with ``C_bb = K Kᵀ`` the canonical correlations ρ of block and features are the singular
 values of ``K⁻¹ C_bf L⁻ᵀ``, so ``Σ ρ²`` is its squared Frobenius norm: no eigenvalues, no SVD.
 
-Everything is float64. Matrices are scaled to unit diagonal before they are factored. The steps are
-in ``csrc/lmmse_solve.h``; the CPU's are in ``csrc/cpu/lmmse.cpp``, those of CUDA in
-``csrc/cuda/lmmse.cu``. A device without a solver of ours (or one that has not been measured to be
-right and faster: ``csrc/cuda/paths.cpp``) has its matrices copied to the CPU and back.
+Everything is float64. Matrices are scaled to unit diagonal before they are factored. The steps, by
+``torch.linalg`` on every device, are in ``solves.py``.
 Source: NBL (arXiv 2505.21077), Proposition 3.1 and Theorem 3.2.
 """
 

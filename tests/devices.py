@@ -44,8 +44,9 @@ class Path:
         return f"{self.device}-{self.name}"
 
 
-def paths(op: str, *cuda_paths: str, capabilities: bool = True):
-    """A fixture: each :class:`Path` of ``op`` in turn; afterwards the default is back.
+def paths(op: str | None, *cuda_paths: str, capabilities: bool = True):
+    """A fixture: each :class:`Path` of ``op`` in turn; afterwards the default is back. None: an
+    operator that has but one on a GPU, whatever it is called here.
 
     ``capabilities`` False: of the CPU only the best one, for what does not depend on it.
     """
@@ -63,7 +64,7 @@ def cuda_paths(op: str, *names: str):
     return _fixture(op, [Path("cuda", name) for name in names])
 
 
-def _fixture(op: str, places: list[Path]):
+def _fixture(op: str | None, places: list[Path]):
     @pytest.fixture(params=places, ids=str)
     def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         chosen = request.param
@@ -74,6 +75,10 @@ def _fixture(op: str, places: list[Path]):
             return
         if chosen.name == "hopper" and torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("this GPU is no Hopper")
+        if op is None:
+            with full_precision():
+                yield chosen
+            return
         with cuda_path(op, chosen.name), full_precision():
             assert nk.cuda_paths()[op] == chosen.name
             yield chosen

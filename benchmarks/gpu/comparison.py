@@ -89,7 +89,7 @@ class GpuComparison:
         shape: str,
         dtype: torch.dtype,
         *,
-        switch: str,
+        switch: str | None,
         ours: Call,
         pytorch: dict[str, Call],
         ref: Call,  # not timed: on a GPU it is the path "plain"
@@ -175,7 +175,11 @@ class GpuComparison:
             )
 
     def _time(
-        self, switch: str, calls: dict[str, tuple[Call, str | None]], copies: int, captured: bool
+        self,
+        switch: str | None,
+        calls: dict[str, tuple[Call, str | None]],
+        copies: int,
+        captured: bool,
     ) -> tuple[dict[str, list[float]], float]:
         """Seconds per call of every candidate, round by round, and the copy rate among them."""
         device = self._device

@@ -13,11 +13,11 @@ import torch
 
 PATHS = {
     "linear": ("plain", "kernel"),
-    "gram": ("plain", "cublas", "portable", "hopper"),
-    "solve": ("plain", "kernel"),
+    "covariance": ("plain", "cublas", "portable", "hopper"),
     "rope": ("plain", "kernel"),
     "memory": ("plain", "kernel"),
 }
+ONLY_PATH = "linalg"  # of the solves, which are torch.linalg everywhere
 NVIDIA_SMI_FIELDS = (
     "driver_version",
     "pstate",
@@ -49,17 +49,19 @@ class Cuda:
 
         return nk.build_info()["cuda"]
 
-    def paths(self, switch: str) -> tuple[str, ...]:
-        """Implementations of one op that this device can run."""
+    def paths(self, switch: str | None) -> tuple[str, ...]:
+        """Implementations of one op that this device can run; None: there is but one."""
+        if switch is None:
+            return (ONLY_PATH,)
         if not self._has_kernels:
             return ("plain",)
         hopper = (self.properties.major, self.properties.minor) == (9, 0)
         return tuple(path for path in PATHS[switch] if path != "hopper" or hopper)
 
-    def use_path(self, switch: str, path: str) -> None:
+    def use_path(self, switch: str | None, path: str) -> None:
         import nbl_kernels as nk
 
-        if self._has_kernels:
+        if self._has_kernels and switch is not None:
             nk.set_cuda_path(switch, path)
 
     def synchronize(self) -> None:
@@ -153,10 +155,10 @@ class Dry(Cuda):
         self.device = "cpu"
         self.block_bytes = 1 << 16
 
-    def paths(self, switch: str) -> tuple[str, ...]:
+    def paths(self, switch: str | None) -> tuple[str, ...]:
         return ("cpu",)
 
-    def use_path(self, switch: str, path: str) -> None: ...
+    def use_path(self, switch: str | None, path: str) -> None: ...
 
     def synchronize(self) -> None: ...
 

@@ -13,12 +13,11 @@ SWITCHES = {
     "norm_linear": "linear",
     "norm_swiglu": "linear",
     "quantized_linear": "linear",
-    "covariance": "gram",
-    "solve + bound": "solve",
+    "covariance": "covariance",
     "rope_append": "rope",
     "memory_linear": "memory",
     "memory_scan": "memory",
-    "memory moments": "gram",
+    "memory moments": "covariance",
 }
 SHOWN_ROWS = (1, 4, 16, 17, 512)  # of x, in the short table
 FEW_ROWS = 16  # of x, up to which bytes are the limit
@@ -162,7 +161,7 @@ def suggested_paths(rows: list[dict]) -> dict[str, dict]:
     shapes: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     groups = defaultdict(list)
     for row in measured(rows):
-        if row["benchmark"] != "quantized_linear":
+        if row["benchmark"] != "quantized_linear" and row["benchmark"] in SWITCHES:
             groups[row["benchmark"], row["shape"], row["dtype"]].append(row)
     for (benchmark, shape, dtype), group in groups.items():
         allowed = max(2 * min(row["error"] for row in group), 1e-12)
@@ -318,7 +317,7 @@ def short_table(report: dict) -> str:
             f"  {stage['name']:<10} {stage['status']:<8} {stage['seconds']:5.0f} s  {detail}"
         )
     for r in measured(report["rows"]):
-        linear = SWITCHES[r["benchmark"]] == "linear"
+        linear = SWITCHES.get(r["benchmark"]) == "linear"
         if r["path"] == "plain" or (linear and rows_of_x(r) not in SHOWN_ROWS):
             continue
         lines.append(

@@ -75,7 +75,7 @@ def run_quantized_linears(device: str, name: str) -> None:
                     check(f"{op}, {format}, {name}, {dtype}, {(m, k, n)}", out, exact, tolerance)
 
 
-def run_grams(device: str, name: str) -> None:
+def run_covariances(device: str, name: str) -> None:
     for tokens, d_f, d_t in GRAM_SHAPES:
         for dtype in DTYPES:
             f, t = (torch.randn(tokens, d).add(3).to(dtype) for d in (d_f, d_t))
@@ -89,26 +89,6 @@ def run_grams(device: str, name: str) -> None:
                 if pair[0] == pair[1]:  # the upper triangle is what is kept
                     actual, expected = actual.triu(), expected.triu()
                 check(f"gram_{pair}, {name}, {dtype}", actual, expected, 1e-6)
-
-
-def run_solves(device: str, name: str) -> None:
-    batch = []
-    for _ in range(2):
-        f = torch.randn(400, 40)
-        acc = nk.CovarianceAccumulator(40, 40, block_dim=40)
-        t = f @ torch.randn(40, 40) + torch.randn(400, 40)
-        acc.update(f, t, f + t)
-        batch.append(acc.moments())
-    expected = nk.lmmse_solve(batch)
-    moved = [m.to(device) for m in batch]
-    for rank in (None, 8):
-        check(
-            f"lmmse_solve, {name}",
-            nk.lmmse_solve(moved, rank=rank).weight,
-            expected.weight if rank is None else nk.lmmse_solve(batch, rank=rank).weight,
-            1e-8,
-        )
-    check(f"cca_bound, {name}", nk.cca_bound(moved), nk.cca_bound(batch), 1e-8)
 
 
 def run_ropes(device: str, name: str) -> None:
@@ -167,8 +147,7 @@ def run_all_linears(device: str, name: str) -> None:
 
 RUNS = {
     "linear": run_all_linears,
-    "gram": run_grams,
-    "solve": run_solves,
+    "covariance": run_covariances,
     "rope": run_ropes,
     "memory": run_memories,
 }

@@ -1,29 +1,24 @@
 // covariance_update on the CPU: one pass for column statistics (it finds bad input before anything
 // is changed, and the shifts), then chunk by chunk: pack, column sums, Gram tiles. See
 // nbl/cpu/gram.h.
+#include "args/covariance.h"
+
 #include <atomic>
 #include <cmath>
 #include <numeric>
 
-#include "common.h"
 #include "dispatch.h"
 
 namespace nbl {
 namespace {
 
-constexpr const char* kOp = "covariance_update";
+constexpr const char* kOp = CovarianceArgs::kOp;
 
 // Columns with |mean| beyond this many standard deviations are shifted. Float32 block sums carry an
 // error of about 1e-7 of the mean square, which is 1 + 8² variances at most without a shift.
 constexpr double kShiftRatio = 8.0;
 constexpr int64_t kMaxChunkBytes = int64_t{64} << 20;
 constexpr int64_t kMaxChunkTokens = 8192;
-
-struct Input {
-  const char* name;
-  Tensor data;
-  int64_t dim;
-};
 
 struct Workspace {  // kept between calls, one per calling thread
   std::vector<char> packed;
@@ -58,27 +53,27 @@ std::vector<int64_t> counted_tokens(int64_t tokens, const std::optional<Tensor>&
   return rows;
 }
 
-[[noreturn]] void fail_not_finite(const Input& input, const std::vector<int64_t>& tokens,
-                                  int64_t channel) {
-  const DType dtype = kernel_dtype(kOp, input.name, input.data);
+[[noreturn]] void fail_not_finite(const char* name, const Tensor& input,
+                                  const std::vector<int64_t>& tokens, int64_t channel) {
+  const DType dtype = kernel_dtype(kOp, name, input);
   for (int64_t t : tokens) {
-    const int64_t at = t * row_stride(input.data) + channel;
-    const float value =
-        dtype == DType::kFloat32 ? static_cast<const float*>(input.data.const_data_ptr())[at]
-        : dtype == DType::kBFloat16
-            ? to_float(static_cast<const bfloat16*>(input.data.const_data_ptr())[at])
-            : to_float(static_cast<const float16*>(input.data.const_data_ptr())[at]);
+    const int64_t at = t * row_stride(input) + channel;
+    const float value = dtype == DType::kFloat32
+                            ? static_cast<const float*>(input.const_data_ptr())[at]
+                        : dtype == DType::kBFloat16
+                            ? to_float(static_cast<const bfloat16*>(input.const_data_ptr())[at])
+                            : to_float(static_cast<const float16*>(input.const_data_ptr())[at]);
     if (!(std::abs(value) < 1e18f))
-      fail(kOp, ": ", input.name, " must be finite and below 1e18, got ", value, " at token ", t,
+      fail(kOp, ": ", name, " must be finite and below 1e18, got ", value, " at token ", t,
            ", channel ", channel, "; nothing was accumulated (mask such tokens out)");
   }
-  fail(kOp, ": ", input.name, " has a sum of squares beyond float32 in channel ", channel,
+  fail(kOp, ": ", name, " has a sum of squares beyond float32 in channel ", channel,
        "; nothing was accumulated");
 }
 
 // Shifts for all packed columns (zeros where none is needed). Throws on values that are not finite.
 bool find_shifts(const CpuKernels& isa, const std::vector<GramInput>& inputs,
-                 const std::vector<Input>& named, const std::vector<int64_t>& tokens,
+                 const CovarianceArgs& args, const std::vector<int64_t>& tokens,
                  std::vector<float>& shifts) {
   constexpr int64_t kParts = 16;  // fixed, so that the shifts do not depend on the thread count
   const int64_t n = static_cast<int64_t>(tokens.size());
@@ -86,7 +81,7 @@ bool find_shifts(const CpuKernels& isa, const std::vector<GramInput>& inputs,
   bool shifted = false;
   for (size_t s = 0; s < inputs.size(); ++s) {
     const GramInput& input = inputs[s];
-    const DType dtype = kernel_dtype(kOp, named[s].name, named[s].data);
+    const DType dtype = kernel_dtype(kOp, args.kInputNames[s], args.inputs[s]);
     std::vector<float> stats(kParts * 2 * input.dim, 0.0f);
     parallel_tasks(kParts, [&](int64_t i) {
       const int64_t begin = std::min(i * part, n), end = std::min(begin + part, n);
@@ -99,7 +94,7 @@ bool find_shifts(const CpuKernels& isa, const std::vector<GramInput>& inputs,
         sum += stats[i * 2 * input.dim + c];
         squares += stats[(i * 2 + 1) * input.dim + c];
       }
-      if (!(squares < 3e38)) fail_not_finite(named[s], tokens, c);
+      if (!(squares < 3e38)) fail_not_finite(args.kInputNames[s], args.inputs[s], tokens, c);
       const double mean = sum / static_cast<double>(n);
       const double variance = std::max(0.0, squares / static_cast<double>(n) - mean * mean);
       if (mean * mean > kShiftRatio * kShiftRatio * variance && mean != 0) {
@@ -187,76 +182,37 @@ std::vector<int64_t> add_chunk(Grams& g, const int64_t* tokens, int64_t count, b
   return left_out;
 }
 
-void check_sums(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
-  check_shape(kOp, name, t, expected);
-  check(t.scalar_type() == ScalarType::Double && t.is_contiguous(), kOp, ": ", name,
-        " must be a contiguous float64 tensor");
-}
-
-// A Gram matrix without elements is left out: not computed.
-void check_gram(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  if (t.numel() > 0) check_shape(kOp, name, t, {rows, cols}, " or no elements (left out)");
-  check(t.scalar_type() == ScalarType::Double && t.is_contiguous(), kOp, ": ", name,
-        " must be a contiguous float64 tensor");
-}
-
 void covariance_update(const Tensor& features, const Tensor& targets,
                        const std::optional<Tensor>& block, const std::optional<Tensor>& mask,
                        Tensor count, Tensor sums, Tensor gram_ff, Tensor gram_tf, Tensor gram_tt,
                        Tensor gram_bf, Tensor gram_bb) {
-  std::vector<Input> named{{"features", features, 0}, {"targets", targets, 0}};
-  if (block) named.push_back({"block", *block, 0});
-  for (Input& input : named) {
-    kernel_dtype(kOp, input.name, input.data);
-    check_like(kOp, input.name, input.data, "features", features);
-    check(input.data.dim() == 2, kOp, ": ", input.name,
-          " must have 2 dimensions (tokens, dim), got ", shape(input.data));
-    check(input.data.size(0) == features.size(0), kOp, ": ", input.name, " must have the ",
-          features.size(0), " tokens of features, got ", input.data.size(0));
-    input.dim = input.data.size(1);
-    input.data = with_contiguous_rows(input.data);
-  }
-  std::optional<Tensor> counts = mask;
-  if (mask) {
-    check_shape(kOp, "mask", *mask, {features.size(0)});
-    check(mask->scalar_type() == ScalarType::Bool, kOp, ": mask must be bool, got ",
-          dtype_name(mask->scalar_type()));
-    counts = torch::stable::contiguous(*mask);
-  }
-  const int64_t df = named[0].dim, dt = named[1].dim, db = block ? named[2].dim : 0;
-  check_sums("sums", sums, {df + dt + db});
-  check_gram("gram_ff", gram_ff, df, df);
-  check_gram("gram_tf", gram_tf, dt, df);
-  check_gram("gram_tt", gram_tt, dt, dt);
-  check_gram("gram_bf", gram_bf, db, df);
-  check_gram("gram_bb", gram_bb, db, db);
-  check(count.scalar_type() == ScalarType::Long && count.numel() == 1, kOp,
-        ": count must be one int64");
-
-  const std::vector<int64_t> tokens = counted_tokens(features.size(0), counts);
+  const CovarianceArgs args = covariance_args(features, targets, block, mask, count, sums,
+                                              {gram_ff, gram_tf, gram_tt, gram_bf, gram_bb});
+  const std::vector<int64_t> tokens = counted_tokens(args.tokens, args.mask);
   if (tokens.empty()) return;
 
   static thread_local Workspace work;
   const CpuKernels& isa = cpu_kernels();
   const DType dtype = kernel_dtype(kOp, "features", features);
-  Grams g{isa, isa[dtype], {}, {}, static_cast<double*>(sums.mutable_data_ptr()), work, false};
+  Grams g{isa, isa[dtype], {}, {}, args.sums_data(), work, false};
   int64_t panels = 0;
-  for (const Input& input : named) {
-    g.inputs.push_back({input.data.const_data_ptr(), row_stride(input.data), input.dim, panels});
-    panels += (input.dim + isa.panel - 1) / isa.panel;
+  for (const Tensor& input : args.inputs) {
+    g.inputs.push_back({input.const_data_ptr(), row_stride(input), input.size(1), panels});
+    panels += (input.size(1) + isa.panel - 1) / isa.panel;
   }
   ++panels;  // the ones
   work.shifts.assign(panels * isa.panel, 0.0f);
-  g.shifted = find_shifts(isa, g.inputs, named, tokens, work.shifts);
+  g.shifted = find_shifts(isa, g.inputs, args, tokens, work.shifts);
 
-  const auto add_job = [&](int rows, int cols, Tensor& out) {
-    if (out.numel() == 0) return;
+  for (size_t gram = 0; gram < args.grams.size(); ++gram) {
+    if (!args.gram_data(gram)) continue;
+    const auto [rows, cols] = args.kGramInputs[gram];
     GramJob job{};
     job.row_panel = g.inputs[rows].first_panel;
     job.rows = g.inputs[rows].dim;
     job.col_panel = g.inputs[cols].first_panel;
     job.cols = g.inputs[cols].dim;
-    job.out = static_cast<double*>(out.mutable_data_ptr());
+    job.out = args.gram_data(gram);
     job.stride = job.cols;
     job.upper = rows == cols;
     job.recenter = true;
@@ -264,14 +220,7 @@ void covariance_update(const Tensor& features, const Tensor& targets,
     const int64_t tile_cols = isa.tile_col_panels * isa.panel;
     job.row_tiles = (job.rows + tile_rows - 1) / tile_rows;
     job.col_tiles = (job.cols + tile_cols - 1) / tile_cols;
-    if (job.row_tiles * job.col_tiles > 0) g.jobs.push_back(job);
-  };
-  add_job(0, 0, gram_ff);
-  add_job(1, 0, gram_tf);
-  add_job(1, 1, gram_tt);
-  if (block) {
-    add_job(2, 0, gram_bf);
-    add_job(2, 2, gram_bb);
+    g.jobs.push_back(job);
   }
 
   const bool pairs = dtype == DType::kBFloat16 && isa.bfloat16_pairs;
@@ -291,7 +240,7 @@ void covariance_update(const Tensor& features, const Tensor& targets,
     const int64_t size = std::min<int64_t>(chunk_tokens / 2, left_out.size() - begin);
     add_chunk(g, left_out.data() + begin, size, false);
   }
-  *static_cast<int64_t*>(count.mutable_data_ptr()) += n;
+  *args.count_data() += n;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // memory_scan on the CPU: checks, then a linear, the filter, and a linear.
+#include "args/memory.h"
+
 #include "dispatch.h"
-#include "memory_args.h"
 
 namespace nbl {
 namespace {

@@ -13,7 +13,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "common.h"
+#include "args/common.h"
 
 namespace nbl {
 namespace {

@@ -1,6 +1,7 @@
 // rope_append on the CPU: checks, positions and slots among them, before anything is written.
+#include "args/rope.h"
+
 #include "dispatch.h"
-#include "rope_args.h"
 
 namespace nbl {
 namespace {

@@ -6,6 +6,9 @@
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
+#include <iterator>
+
+#include "args/covariance.h"
 #include "cuda/cuda_common.h"
 #include "cuda/paths.h"
 #include "nbl/cuda/covariance_update.h"
@@ -14,10 +17,9 @@
 namespace nbl {
 namespace {
 
-constexpr const char* kOp = "covariance_update";
-constexpr const char* kInputNames[kMaxInputs] = {"features", "targets", "block"};
-constexpr const char* kGramNames[kMaxProducts] = {"gram_ff", "gram_tf", "gram_tt", "gram_bf",
-                                                  "gram_bb"};
+constexpr const char* kOp = CovarianceArgs::kOp;
+static_assert(std::size(CovarianceArgs::kInputNames) == kMaxInputs &&
+              std::size(CovarianceArgs::kGramNames) == kMaxProducts);
 
 void check_blas(cublasStatus_t status, const char* what) {
   check(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasGetStatusString(status));
@@ -185,7 +187,7 @@ void accumulate(const Tensor& features, Path path, const MomentsUpdate& update) 
   CudaDevice device(features, path);
   BadValue bad{};
   if (MomentsUpdater<T, CudaDevice>(device, {update}).run(bad)) return;
-  const char* name = kInputNames[bad.input];
+  const char* name = CovarianceArgs::kInputNames[bad.input];
   if (bad.token < 0)
     fail(kOp, ": ", name, " has a sum of squares beyond float32 in channel ", bad.channel,
          "; nothing was accumulated");
@@ -198,12 +200,6 @@ void accumulate(const Tensor& features, Path path, const MomentsUpdate& update) 
        bad.token, ", channel ", bad.channel, "; nothing was accumulated (mask such tokens out)");
 }
 
-void check_sums(const char* name, const Tensor& t, const Tensor& features) {
-  check(t.scalar_type() == ScalarType::Double && t.is_contiguous(), kOp, ": ", name,
-        " must be a contiguous float64 tensor");
-  check(t.device() == features.device(), kOp, ": ", name, " must be on the device of features");
-}
-
 void covariance_update(const Tensor& features, const Tensor& targets,
                        const std::optional<Tensor>& block, const std::optional<Tensor>& mask,
                        Tensor count, Tensor sums, Tensor gram_ff, Tensor gram_tf, Tensor gram_tt,
@@ -211,7 +207,7 @@ void covariance_update(const Tensor& features, const Tensor& targets,
   const int device = device_of(features);
   const DeviceGuard guard(device);
   const int capability = compute_capability(device);
-  const Path path = gram_path(capability);
+  const Path path = covariance_path(capability);
   if (path == Path::kPlain) {
     std::array<StableIValue, 11> stack{to_ivalue(features), to_ivalue(targets), to_ivalue(block),
                                        to_ivalue(mask),     to_ivalue(count),   to_ivalue(sums),
@@ -227,56 +223,21 @@ void covariance_update(const Tensor& features, const Tensor& targets,
   check(!is_capturing(current_stream(features)), kOp,
         " reads flags back to the host and cannot be captured in a CUDA graph");
 
+  const CovarianceArgs args = covariance_args(features, targets, block, mask, count, sums,
+                                              {gram_ff, gram_tf, gram_tt, gram_bf, gram_bb});
+  if (args.tokens == 0) return;
   MomentsUpdate update{};
-  std::array<Tensor, kMaxInputs> inputs{features, targets, block ? *block : features};
-  update.num_inputs = block ? 3 : 2;
-  update.tokens = features.dim() > 0 ? features.size(0) : 0;
-  int64_t dims[kMaxInputs] = {};
+  update.num_inputs = static_cast<int>(args.inputs.size());
+  update.tokens = args.tokens;
   for (int s = 0; s < update.num_inputs; ++s) {
-    Tensor& input = inputs[s];
-    kernel_dtype(kOp, kInputNames[s], input);
-    check_like(kOp, kInputNames[s], input, "features", features);
-    check(input.dim() == 2, kOp, ": ", kInputNames[s],
-          " must have 2 dimensions (tokens, dim), got ", shape(input));
-    check(input.size(0) == update.tokens, kOp, ": ", kInputNames[s], " must have the ",
-          update.tokens, " tokens of features, got ", input.size(0));
-    check(input.size(1) <= int64_t{1} << 20, kOp, ": ", kInputNames[s],
-          " must have at most 2^20 channels, got ", input.size(1));
-    input = with_contiguous_rows(input);
-    dims[s] = input.size(1);
-    update.inputs[s] = {input.const_data_ptr(), row_stride(input), dims[s]};
+    const Tensor& input = args.inputs[s];
+    update.inputs[s] = {input.const_data_ptr(), row_stride(input), args.dims[s]};
   }
-  Tensor counted = features;  // the mask, if there is one
-  if (mask) {
-    check_shape(kOp, "mask", *mask, {update.tokens});
-    check(mask->scalar_type() == ScalarType::Bool, kOp, ": mask must be bool, got ",
-          dtype_name(mask->scalar_type()));
-    check(mask->device() == features.device(), kOp, ": mask must be on the device of features");
-    counted = torch::stable::contiguous(*mask);
-    update.mask = static_cast<const uint8_t*>(counted.const_data_ptr());
-  }
-  const auto [df, dt, db] = dims;
-  check_shape(kOp, "sums", sums, {df + dt + db});
-  check_sums("sums", sums, features);
-  const Tensor* grams[kMaxProducts] = {&gram_ff, &gram_tf, &gram_tt, &gram_bf, &gram_bb};
-  for (int product = 0; product < kMaxProducts; ++product) {
-    const Tensor& gram = *grams[product];
-    const char* name = kGramNames[product];
-    if (gram.numel() > 0)
-      check_shape(kOp, name, gram, {dims[gram_row_input(product)], dims[gram_col_input(product)]},
-                  " or no elements (left out)");
-    check_sums(name, gram, features);
-  }
-  check(count.scalar_type() == ScalarType::Long && count.numel() == 1 &&
-            count.device() == features.device(),
-        kOp, ": count must be one int64 on the device of features");
-  if (update.tokens == 0) return;
-
-  update.count = static_cast<int64_t*>(count.mutable_data_ptr());
-  update.sums = static_cast<double*>(sums.mutable_data_ptr());
+  if (args.mask) update.mask = static_cast<const uint8_t*>(args.mask->const_data_ptr());
+  update.count = args.count_data();
+  update.sums = args.sums_data();
   for (int product = 0; product < kMaxProducts; ++product)
-    if (grams[product]->numel() > 0)
-      update.grams[product] = static_cast<double*>(grams[product]->mutable_data_ptr());
+    update.grams[product] = args.gram_data(product);
   switch (kernel_dtype(kOp, "features", features)) {
     case DType::kFloat32:
       return accumulate<float>(features, path, update);

@@ -1,4 +1,4 @@
-// What the CUDA launchers share, on top of csrc/common.h: streams, devices, errors.
+// What the CUDA launchers share, on top of csrc/args/common.h: streams, devices, errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "common.h"
+#include "args/common.h"
 
 struct cublasContext;  // cublas_v2.h: its handle is a cublasContext*
 

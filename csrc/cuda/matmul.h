@@ -1,7 +1,7 @@
 // out = x · weightᵀ + bias + residual for many rows of x: cuBLASLt, with the sums in its epilogue.
 #pragma once
 
-#include "common.h"
+#include "args/common.h"
 
 namespace nbl {
 

@@ -1,7 +1,7 @@
 // memory_scan on CUDA: checks, then a linear, the filter, and a linear.
+#include "args/memory.h"
 #include "cuda/cuda_common.h"
 #include "cuda/paths.h"
-#include "memory_args.h"
 #include "nbl/cuda/launch.h"
 #include "nbl/cuda/memory.cuh"
 

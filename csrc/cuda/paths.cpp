@@ -11,7 +11,7 @@
 namespace nbl {
 namespace {
 
-enum Op { kLinear, kGram, kSolve, kRope, kMemory, kOps };
+enum Op { kLinear, kCovariance, kRope, kMemory, kOps };
 
 // What has been measured: op, compute capability, path, the file in benchmarks/results that says
 // so. No kernel has run on a GPU yet, so nothing stands here and everything is plain.
@@ -23,7 +23,7 @@ struct Measured {
 };
 const std::vector<Measured> kMeasured = {};
 
-constexpr const char* kOpNames[kOps] = {"linear", "gram", "solve", "rope", "memory"};
+constexpr const char* kOpNames[kOps] = {"linear", "covariance", "rope", "memory"};
 using Names = std::vector<std::pair<const char*, Path>>;
 const std::array<Names, kOps> kPathNames = {
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
@@ -33,14 +33,14 @@ const std::array<Names, kOps> kPathNames = {
           {"hopper", Path::kHopper},
           {"kernel", Path::kKernel}},
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
-    Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}}};
 constexpr int kAuto = -1;
 
 Op find_op(const std::string& name) {
   for (int op = 0; op < kOps; ++op)
     if (name == kOpNames[op]) return static_cast<Op>(op);
-  throw std::runtime_error("op must be linear, gram, solve, rope or memory, got " + name);
+  if (name == "gram") return kCovariance;  // its name until 0.1
+  throw std::runtime_error("op must be linear, covariance, rope or memory, got " + name);
 }
 
 int find_path(Op op, const std::string& name) {
@@ -62,7 +62,7 @@ void set(Settings& settings, const std::string& op, const std::string& path) {
 }
 
 Settings& settings() {
-  static Settings values{kAuto, kAuto, kAuto, kAuto, kAuto};
+  static Settings values{kAuto, kAuto, kAuto, kAuto};
   static const bool from_environment = [] {
     const char* text = std::getenv("NBL_CUDA_PATHS");
     std::istringstream entries(text ? text : "");
@@ -80,7 +80,7 @@ Settings& settings() {
 
 Path path_of(Op op, int compute_capability) {
   const int setting = settings()[op].load(std::memory_order_relaxed);
-  if (setting == static_cast<int>(Path::kKernel) && op == kGram)
+  if (setting == static_cast<int>(Path::kKernel) && op == kCovariance)
     return can_run_hopper(compute_capability) ? Path::kHopper : Path::kPortable;
   if (setting != kAuto) return static_cast<Path>(setting);
   for (const Measured& m : kMeasured)
@@ -93,8 +93,7 @@ Path path_of(Op op, int compute_capability) {
 }  // namespace
 
 Path linear_path(int compute_capability) { return path_of(kLinear, compute_capability); }
-Path gram_path(int compute_capability) { return path_of(kGram, compute_capability); }
-Path solve_path(int compute_capability) { return path_of(kSolve, compute_capability); }
+Path covariance_path(int compute_capability) { return path_of(kCovariance, compute_capability); }
 Path rope_path(int compute_capability) { return path_of(kRope, compute_capability); }
 Path memory_path(int compute_capability) { return path_of(kMemory, compute_capability); }
 

@@ -9,10 +9,10 @@ namespace nbl {
 
 enum class Path {
   kPlain,     // PyTorch operations (nbl_kernels/_ops.py)
-  kKernel,    // our kernels, and cuBLASLt above their rows (linear); ours and cuSOLVER (solve)
-  kCublas,    // gram: cuBLAS on panels of the upper triangle
-  kPortable,  // gram: nbl/cuda/gram.cuh
-  kHopper,    // gram: nbl/cuda/gram_sm90.cuh
+  kKernel,    // our kernels, and cuBLASLt above their rows (linear)
+  kCublas,    // covariance: cuBLAS on panels of the upper triangle
+  kPortable,  // covariance: nbl/cuda/gram.cuh
+  kHopper,    // covariance: nbl/cuda/gram_sm90.cuh
 };
 
 // Hopper's instructions need code for sm_90a itself: neither sm_90 nor PTX has them.
@@ -22,14 +22,13 @@ inline bool can_run_hopper(int compute_capability) {
 
 // For the device of compute capability major * 10 + minor.
 Path linear_path(int compute_capability);
-Path gram_path(int compute_capability);
-Path solve_path(int compute_capability);
+Path covariance_path(int compute_capability);
 Path rope_path(int compute_capability);
 Path memory_path(int compute_capability);  // of the filter; its linears take linear_path
 
-// For the Python module: op is "linear", "gram", "solve", "rope" or "memory", path one of its names
-// or "auto" (the table's choice). NBL_CUDA_PATHS="linear=kernel,gram=hopper" or "all=kernel" sets
-// them at start; for gram, "kernel" is the fastest of ours that the device can run.
+// For the Python module: op is "linear", "covariance", "rope" or "memory", path one of its names or
+// "auto" (the table's choice). NBL_CUDA_PATHS="linear=kernel,covariance=hopper" or "all=kernel"
+// sets them at start; for covariance, "kernel" is the fastest of ours that the device can run.
 std::map<std::string, std::string> cuda_paths(int compute_capability);
 void set_cuda_path(const std::string& op, const std::string& path);
 

@@ -1,9 +1,9 @@
 // rope_append on CUDA: checks, then the kernel. Positions and slots stay on the device.
+#include "args/rope.h"
 #include "cuda/cuda_common.h"
 #include "cuda/paths.h"
 #include "nbl/cuda/launch.h"
 #include "nbl/cuda/rope.cuh"
-#include "rope_args.h"
 
 namespace nbl {
 namespace {

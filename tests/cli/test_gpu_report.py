@@ -176,8 +176,7 @@ def test_suggested_paths_are_the_fastest_of_the_right_ones():
         "residual_linear 17x8192x8192 bfloat16": "plain",
     }
     assert suggested["linear"]["path"] == "plain"  # the kernel is not right everywhere
-    assert suggested["gram"]["fastest"] == {"covariance 8192x4096 bfloat16": "hopper"}
-    assert "solve" not in suggested
+    assert suggested["covariance"]["fastest"] == {"covariance 8192x4096 bfloat16": "hopper"}
 
 
 def test_quantized_weights_stand_beside_bfloat16_and_what_the_bytes_predict():
@@ -210,4 +209,4 @@ def test_report_shows_what_was_not_measured():
     assert "| 1 | 4096 | fastest | fma, 8 rows, 1 tokens, unroll 1 | 2 | 11.00 | 3050 |" in text
     assert "| 1 | 4096 | in the table | fma, 4 rows" in text and "1 of 3 gave other results" in text
     table = report.short_table(result)
-    assert "fastest paths: linear=plain,gram=hopper" in table
+    assert "fastest paths: linear=plain,covariance=hopper" in table

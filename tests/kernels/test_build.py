@@ -151,15 +151,15 @@ def test_architectures_become_code_for_them_and_ptx():
 def test_paths_are_refused_by_name():
     if _ops._C_cuda is None:
         with pytest.raises(RuntimeError, match="CUDA"):
-            nk.set_cuda_path("gram", "hopper")
+            nk.set_cuda_path("covariance", "hopper")
         return
-    with pytest.raises(RuntimeError, match=r"op must be .*solve, rope or memory, got lienar"):
+    with pytest.raises(RuntimeError, match=r"op must be .*, rope or memory, got lienar"):
         nk.set_cuda_path("lienar", "plain")
-    with pytest.raises(RuntimeError, match=r"the path of gram must be one of .*, got wgmma"):
-        nk.set_cuda_path("gram", "wgmma")
+    with pytest.raises(RuntimeError, match=r"the path of covariance must be one of .*, got wgmma"):
+        nk.set_cuda_path("covariance", "wgmma")
 
 
-PLAIN = dict.fromkeys(("linear", "gram", "solve", "rope", "memory"), "plain")
+PLAIN = dict.fromkeys(("linear", "covariance", "rope", "memory"), "plain")
 
 
 @pytest.mark.skipif(_ops._C_cuda is None, reason="built without CUDA kernels")
@@ -167,8 +167,8 @@ PLAIN = dict.fromkeys(("linear", "gram", "solve", "rope", "memory"), "plain")
     "setting, changes",
     [
         ("", {}),
-        ("all=kernel", dict.fromkeys(PLAIN, "kernel") | {"gram": "hopper"}),
-        ("gram=cublas", {"gram": "cublas"}),
+        ("all=kernel", dict.fromkeys(PLAIN, "kernel") | {"covariance": "hopper"}),
+        ("gram=cublas", {"covariance": "cublas"}),
     ],
 )
 def test_paths_of_the_environment(setting, changes):

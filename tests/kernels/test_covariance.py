@@ -14,8 +14,8 @@ from cases.covariance import accumulate, assert_moments_exact, hard_tokens
 import nbl_kernels as nk
 
 CUDA_PATHS = ("hopper", "portable", "cublas", "plain")
-every_path = devices.paths("gram", *CUDA_PATHS)
-path = devices.paths("gram", *CUDA_PATHS, capabilities=False)
+every_path = devices.paths("covariance", *CUDA_PATHS)
+path = devices.paths("covariance", *CUDA_PATHS, capabilities=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -173,7 +173,7 @@ def test_covariance_hopper_agrees_with_portable():
     states = {}
     f, t = hard_tokens(8192, 520, torch.bfloat16), hard_tokens(8192, 264, torch.bfloat16, 1)
     for path in ("portable", "hopper"):
-        with cuda_path("gram", path):
+        with cuda_path("covariance", path):
             states[path] = accumulate(4096, f, t, device="cuda").state_dict()
     assert torch.equal(states["portable"]["count"], states["hopper"]["count"])
     for name in ("sums", "gram_tf"):

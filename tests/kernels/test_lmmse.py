@@ -16,7 +16,7 @@ from torch import Tensor
 
 import nbl_kernels as nk
 
-path = devices.paths("solve", "kernel", "plain", capabilities=False)
+path = devices.paths(None, "linalg", capabilities=False)
 
 
 def moments_of(f, t, b=None) -> nk.Moments:

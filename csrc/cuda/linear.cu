@@ -9,10 +9,10 @@
 #include <string>
 #include <utility>
 
+#include "args/linear.h"
 #include "cuda/cuda_common.h"
 #include "cuda/matmul.h"
 #include "cuda/paths.h"
-#include "linear_args.h"
 #include "nbl/cuda/launch.h"
 #include "nbl/cuda/skinny_linear.cuh"
 

@@ -1,12 +1,13 @@
 // residual_linear, norm_linear, norm_swiglu on the CPU: checks, then the fused kernels for few rows
 // (decode: skinny_linear.h) or many (prefill: wide_linear.h), or for many ATen's matrix product
 // between our normalization and epilogue.
+#include "args/linear.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <memory>
 
 #include "dispatch.h"
-#include "linear_args.h"
 
 namespace nbl {
 namespace {

@@ -2,7 +2,7 @@
 // common. Only the values of positions and slots are not looked at here.
 #pragma once
 
-#include "common.h"
+#include "args/common.h"
 #include "nbl/rope.h"
 
 namespace nbl {

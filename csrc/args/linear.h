@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "common.h"
+#include "args/common.h"
 
 namespace nbl {
 
@@ -159,7 +159,7 @@ inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// Checks and runs: in cpu/skinny_linear.cpp and cuda/skinny_linear.cu, each module its own.
+// Checks and runs: in cpu/linear.cpp and cuda/linear.cu, each module its own.
 Tensor run_linear(LinearArgs a);
 
 }  // namespace nbl

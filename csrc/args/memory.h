@@ -2,7 +2,7 @@
 // common. It is two linears (linear_args.h) with a filter (nbl/memory.h) in between.
 #pragma once
 
-#include "linear_args.h"
+#include "args/linear.h"
 #include "nbl/memory.h"
 
 namespace nbl {
