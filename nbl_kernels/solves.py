@@ -129,7 +129,7 @@ def _cca_matrix(
 
 def _factorize(matrix: Callable[..., Tensor], diagonal: Tensor, ridge: float) -> _Factors:
     """Of C, whose layers ``matrix(part)`` copies (only the upper triangles count) and whose
-    diagonal this is, (layers, n). λ = ridge · mean(diag C), with 1 for a mean of 0: no variance at all.
+    diagonal this is, (layers, n). λ = ridge · mean(diag C), with 1 for a mean of 0: no variance.
 
     Grows the ridge tenfold while the factorization fails or a pivot is no more than rounding error:
     then a direction has no variance that could be told from noise. The host waits once per ridge.

@@ -67,7 +67,7 @@ def test_dry_run_writes_marked_files(tmp_path):
         "bench": "ok",
     }
     benchmarks = {row["benchmark"] for row in result["rows"]}
-    assert benchmarks == set(report.SWITCHES)
+    assert benchmarks == {*report.SWITCHES, "solve + bound"}
     assert all(row["us"] > 0 and row["error"] < 1e-2 for row in result["rows"])
     text = markdown_file.read_text()
     assert text.startswith("# DRY RUN on a CPU: no result of any GPU")
