@@ -88,5 +88,5 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   m.def(
       "covariance_update_plain(Tensor features, Tensor targets, Tensor? block, Tensor? mask, "
       "Tensor(a!) count, Tensor(b!) sums, Tensor(c!) gram_ff, Tensor(d!) gram_tf, "
-      "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> ()");
+      "Tensor(e!) gram_tt, Tensor(f!) gram_bf, Tensor(g!) gram_bb) -> bool");
 }

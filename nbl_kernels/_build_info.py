@@ -83,7 +83,7 @@ def set_cuda_path(op: str, path: str) -> None:
     tensors.
 
     ``path``: "auto" (what has been measured to be the best), "plain", "kernel"; for covariance
-    also "cublas", "portable" (sm_80 and later) and "hopper". The environment variable
+    also "portable" (sm_80 and later) and "hopper". The environment variable
     ``NBL_CUDA_PATHS="linear=kernel,covariance=portable"`` does the same at start.
     Raises RuntimeError where the CUDA kernels are not there, or for an unknown name.
     """

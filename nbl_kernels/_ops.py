@@ -193,21 +193,28 @@ def _memory_scan(x, *arguments):
     return plain_scan(x, *arguments)
 
 
-def _covariance_update(
+def _covariance_update_plain(
     features, targets, block, mask, count, sums, gram_ff, gram_tf, gram_tt, gram_bf, gram_bb
 ):
+    """False, and nothing accumulated, where a value is not finite."""
     grams = {"ff": gram_ff, "tf": gram_tf, "tt": gram_tt, "bf": gram_bf, "bb": gram_bb}
     grams = {name: gram for name, gram in grams.items() if gram.numel() > 0}
     new = reference.covariance_update_ref(features, targets, block, mask, grams=tuple(grams))
-    _check(
-        all(bool(torch.isfinite(s).all()) for s in new.values()),
-        "covariance_update: features, targets and block must be finite; nothing was accumulated",
-    )
+    if not all(bool(torch.isfinite(s).all()) for s in new.values()):
+        return False
     count += new["count"].to(count.device)
     names = ("f", "t") if block is None else ("f", "t", "b")
     sums += torch.cat([new[f"sum_{name}"] for name in names])
     for name, gram in grams.items():
         gram += new[f"sum_{name}"]
+    return True
+
+
+def _covariance_update(*arguments):
+    _check(
+        _covariance_update_plain(*arguments),
+        "covariance_update: features, targets and block must be finite; nothing was accumulated",
+    )
 
 
 for _composite, _names in {
@@ -216,7 +223,8 @@ for _composite, _names in {
     _norm_swiglu: ("norm_swiglu", "norm_swiglu_inference", "norm_swiglu_plain"),
     _rope_append: ("rope_append", "rope_append_plain"),
     _memory_scan: ("memory_scan", "memory_scan_plain"),
-    _covariance_update: ("covariance_update", "covariance_update_plain"),
+    _covariance_update: ("covariance_update",),
+    _covariance_update_plain: ("covariance_update_plain",),
     solves.lmmse_solve: ("lmmse_solve",),
     solves.cca_matrix: ("cca_matrix",),
     solves.residual_cca_matrix: ("residual_cca_matrix",),

@@ -19,11 +19,12 @@ def max_error(value: Tensor, exact: Tensor) -> float:
 def assert_rounding_only(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """`plain` is PyTorch's result in the same dtype, `exact` the float64 one.
 
-    Twice PyTorch's error; in float32 four times: there both errors are a few roundings that depend
-    on the order of the sums, and of thousands of draws some are further off than PyTorch's by luck.
+    Twice PyTorch's error; in float32 six times: there both errors are a few roundings that depend
+    on the order of the sums and, on a GPU, on an rsqrt of two units in the last place, and of
+    thousands of draws some are further off than PyTorch's by luck.
     """
     assert actual.shape == plain.shape and actual.dtype == plain.dtype
-    factor = 4 if plain.dtype is torch.float32 else 2
+    factor = 6 if plain.dtype is torch.float32 else 2
     # PyTorch can be right by luck: one rounding of the largest result is always granted.
     rounding = torch.finfo(plain.dtype).eps / 2 * exact.abs().max().item() if exact.numel() else 0
     allowed = factor * max(max_error(plain, exact), rounding)

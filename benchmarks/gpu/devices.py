@@ -13,7 +13,7 @@ import torch
 
 PATHS = {
     "linear": ("plain", "kernel"),
-    "covariance": ("plain", "cublas", "portable", "hopper"),
+    "covariance": ("plain", "portable", "hopper"),
     "rope": ("plain", "kernel"),
     "memory": ("plain", "kernel"),
 }

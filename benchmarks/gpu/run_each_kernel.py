@@ -162,7 +162,7 @@ def main() -> None:
     device = DEVICES[arguments.device]()
     for op in arguments.op or RUNS:
         for path in device.paths(op):
-            if path in ("plain", "cublas"):  # kernels of others
+            if path == "plain":  # kernels of others
                 continue
             device.use_path(op, path)
             RUNS[op](device.device, path)

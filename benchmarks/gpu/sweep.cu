@@ -1,5 +1,5 @@
 // Times every tile of the skinny linear that might be worth a line in the table of sizes in
-// nbl/cuda/skinny_linear.cuh. Prints JSON lines, one for each tile, shape and number of splits.
+// nbl/cuda/linear_tiles.h. Prints JSON lines, one for each tile, shape and number of splits.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc/include
 //        benchmarks/gpu/sweep.cu -o sweep && ./sweep [seconds]
@@ -197,7 +197,9 @@ int main(int argc, char** argv) {
     sweep.tile<false, 2, 1, 4>();
     sweep.tile<false, 4, 1, 1>();
     sweep.tile<false, 4, 1, 3>();
+    sweep.tile<false, 4, 1, 4>();
     sweep.tile<false, 8, 1, 1>();
+    sweep.tile<false, 8, 1, 2>();
     for (const int m : {4, 8}) {
       sweep.shape(m, d);
       sweep.tile<true, 16, 8, 4>();
@@ -205,13 +207,19 @@ int main(int argc, char** argv) {
       sweep.tile<true, 16, 8, 6>();
       sweep.tile<true, 32, 8, 2>();
       sweep.tile<true, 32, 8, 3>();
+      sweep.tile<true, 64, 8, 1>();
+      sweep.tile<true, 64, 8, 2>();
     }
     sweep.shape(16, d);
     sweep.tile<true, 16, 16, 4>();
     sweep.tile<true, 16, 16, 2>();
     sweep.tile<true, 16, 16, 3>();
     sweep.tile<true, 16, 8, 4>();
+    sweep.tile<true, 32, 16, 1>();
     sweep.tile<true, 32, 16, 2>();
+    sweep.tile<true, 32, 16, 3>();
     sweep.tile<true, 32, 8, 2>();
+    sweep.tile<true, 64, 16, 1>();
+    sweep.tile<true, 64, 16, 2>();
   }
 }

@@ -1,8 +1,7 @@
 // covariance_update on CUDA: checks, then the launches of nbl/cuda/covariance_update.h with
-// PyTorch's memory and stream; the products by cuBLAS on panels, by the portable kernel or by that
-// of Hopper (paths.h). The host reads the flags of the statistics once per update, before anything
-// is accumulated, so an update waits for the stream and cannot be captured in a CUDA graph.
-#include <cublas_v2.h>
+// PyTorch's memory and stream; the products by the portable kernel or by that of Hopper (paths.h).
+// The host reads the flags of the statistics once per update, before anything is accumulated, so an
+// update waits for the stream and cannot be captured in a CUDA graph.
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
@@ -20,44 +19,6 @@ namespace {
 constexpr const char* kOp = CovarianceArgs::kOp;
 static_assert(std::size(CovarianceArgs::kInputNames) == kMaxInputs &&
               std::size(CovarianceArgs::kGramNames) == kMaxProducts);
-
-void check_blas(cublasStatus_t status, const char* what) {
-  check(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasGetStatusString(status));
-}
-
-// PyTorch's handle with the settings that exact sums need, and as it was afterwards.
-class ExactBlas {
- public:
-  ExactBlas() : handle_(blas_handle()) {
-    check_blas(cublasGetMathMode(handle_, &math_), "cublasGetMathMode");
-    check_blas(cublasGetPointerMode(handle_, &pointers_), "cublasGetPointerMode");
-    check_blas(cublasSetMathMode(handle_, CUBLAS_DEFAULT_MATH), "cublasSetMathMode");
-    check_blas(cublasSetPointerMode(handle_, CUBLAS_POINTER_MODE_HOST), "cublasSetPointerMode");
-  }
-  ~ExactBlas() {
-    cublasSetMathMode(handle_, math_);
-    cublasSetPointerMode(handle_, pointers_);
-  }
-  ExactBlas(const ExactBlas&) = delete;
-  ExactBlas& operator=(const ExactBlas&) = delete;
-
-  // out (rows, cols) row-major (+)= Σ_tokens x_r y_c: cuBLAS, which is column-major, sees
-  // outᵀ = Y Xᵀ with Y (cols, tokens) and X (rows, tokens).
-  void gemm(bool as_half, int cols, int rows, int64_t tokens, const uint16_t* y, int64_t y_stride,
-            const uint16_t* x, int64_t x_stride, bool add, float* out) const {
-    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-    const cudaDataType type = as_half ? CUDA_R_16F : CUDA_R_16BF;
-    check_blas(cublasGemmEx_64(handle_, CUBLAS_OP_N, CUBLAS_OP_T, cols, rows, tokens, &one, y, type,
-                               y_stride, x, type, x_stride, &beta, out, CUDA_R_32F, cols,
-                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-               "cublasGemmEx");
-  }
-
- private:
-  cublasHandle_t handle_;
-  cublasMath_t math_;
-  cublasPointerMode_t pointers_;
-};
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
@@ -138,16 +99,8 @@ class CudaDevice {
   void gram(const GramParams& params, bool as_half) {
     if (path_ == Path::kHopper)
       launch_hopper(params, as_half);
-    else if (path_ == Path::kPortable)
-      launch_gram_portable(*this, params, as_half);
     else
-      multiply_panels(*this, params, as_half);
-  }
-
-  template <class... Args>
-  void gemm(Args... args) {
-    if (!blas_) blas_.emplace();
-    blas_->gemm(args...);
+      launch_gram_portable(*this, params, as_half);
   }
 
  private:
@@ -179,7 +132,6 @@ class CudaDevice {
   std::vector<Tensor> memory_;
   std::optional<Tensor> scratch_;
   size_t scratch_bytes_ = 0;
-  std::optional<ExactBlas> blas_;
 };
 
 template <class T>
@@ -213,7 +165,10 @@ void covariance_update(const Tensor& features, const Tensor& targets,
                                        to_ivalue(mask),     to_ivalue(count),   to_ivalue(sums),
                                        to_ivalue(gram_ff),  to_ivalue(gram_tf), to_ivalue(gram_tt),
                                        to_ivalue(gram_bf),  to_ivalue(gram_bb)};
-    return call_aten("nbl::covariance_update_plain", "", stack.data());
+    call_aten("nbl::covariance_update_plain", "", stack.data());
+    // An error of its own would come through the dispatcher without its message.
+    return check(torch::stable::detail::to<bool>(stack[0]), kOp,
+                 ": features, targets and block must be finite; nothing was accumulated");
   }
   check(path != Path::kHopper || can_run_hopper(capability), kOp,
         ": the path hopper needs compute capability 9.0 (got ", capability / 10, ".",

@@ -28,7 +28,6 @@ using Names = std::vector<std::pair<const char*, Path>>;
 const std::array<Names, kOps> kPathNames = {
     Names{{"plain", Path::kPlain}, {"kernel", Path::kKernel}},
     Names{{"plain", Path::kPlain},
-          {"cublas", Path::kCublas},
           {"portable", Path::kPortable},
           {"hopper", Path::kHopper},
           {"kernel", Path::kKernel}},

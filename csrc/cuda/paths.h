@@ -10,7 +10,6 @@ namespace nbl {
 enum class Path {
   kPlain,     // PyTorch operations (nbl_kernels/_ops.py)
   kKernel,    // our kernels, and cuBLASLt above their rows (linear)
-  kCublas,    // covariance: cuBLAS on panels of the upper triangle
   kPortable,  // covariance: nbl/cuda/gram.cuh
   kHopper,    // covariance: nbl/cuda/gram_sm90.cuh
 };

@@ -13,7 +13,6 @@ from emulation.build import EmulationError, build_driver, mutated_sources, run_d
 
 import nbl_kernels as nk
 
-PORTABLE, PANELS = 0, 1
 GRAM = "nbl/cuda/gram.cuh"
 STATS = "nbl/cuda/column_stats.cuh"
 NO_BAD_VALUE = (-1, -1, -1, -1)
@@ -71,11 +70,11 @@ class Layer:
         return data
 
 
-def update(*layers: Layer, method=PORTABLE, seed=0, multiprocessors=1, sources=None):
+def update(*layers: Layer, seed=0, multiprocessors=1, sources=None):
     """Adds all layers' tokens to their accumulators; returns the refused value, if any."""
     driver = build_driver("covariance", sources)
     dtype = DTYPES.index(layers[0].inputs[0].dtype)
-    header = np.array([dtype, method, seed, multiprocessors, len(layers)], "i4").tobytes()
+    header = np.array([dtype, seed, multiprocessors, len(layers)], "i4").tobytes()
     out = run_driver(driver, header + b"".join(layer.payload() for layer in layers))
     bad = tuple(int(v) for v in np.frombuffer(out[:32], "i8"))
     rest = memoryview(out)[32:]
@@ -112,12 +111,11 @@ def plain_layer(tokens: int, dims, dtype, seed=0) -> Layer:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
-def test_hard_inputs(dtype, method):
+def test_hard_inputs(dtype):
     """Means of 100 std, scales from 1e-2 to 1e3, a block, more than one tile in each direction."""
     tokens = 100 if dtype == torch.float32 else 300  # float32 is six products
     layer = hard_layer(tokens, (136, 40, 24), dtype)
-    assert update(layer, method=method) == NO_BAD_VALUE
+    assert update(layer) == NO_BAD_VALUE
     assert_exact(layer)
 
 
@@ -137,14 +135,13 @@ def test_few_tokens(dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
-def test_without_a_shift(dtype, method):
+def test_without_a_shift(dtype):
     layer = plain_layer(129, (136, 40), dtype)
-    assert update(layer, method=method) == NO_BAD_VALUE
+    assert update(layer) == NO_BAD_VALUE
     assert_exact(layer)
 
 
-@pytest.mark.parametrize("method, multiprocessors", [(PORTABLE, 1), (PANELS, 60)])
+@pytest.mark.parametrize("multiprocessors", [1, 60])
 @pytest.mark.parametrize(
     "left_out",
     [
@@ -157,15 +154,15 @@ def test_without_a_shift(dtype, method):
         ("gram_ff", "gram_tf", "gram_tt", "gram_bf", "gram_bb"),
     ],
 )
-def test_gram_matrices_may_be_left_out(left_out, method, multiprocessors):
+def test_gram_matrices_may_be_left_out(left_out, multiprocessors):
     """Null pointers, no tiles: of one layer among others, with tokens split and not."""
     dims = (136, 24, 40)
     full, part = (hard_layer(300, dims, torch.bfloat16, masked=True) for _ in range(2))
     part.left_out = left_out
     others = [hard_layer(40, (8, 24), torch.bfloat16), hard_layer(40, (24, 8), torch.bfloat16)]
-    update(full, method=method, multiprocessors=multiprocessors)
+    update(full, multiprocessors=multiprocessors)
     layers = others[0], part, others[1]
-    assert update(*layers, method=method, multiprocessors=multiprocessors) == NO_BAD_VALUE
+    assert update(*layers, multiprocessors=multiprocessors) == NO_BAD_VALUE
     for layer in others:
         assert layer.acc.count == 40
         f, t = (x.double() for x in layer.inputs)
@@ -197,17 +194,16 @@ def test_rows_apart_and_unaligned(dtype, make):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
-def test_masked_tokens_are_not_looked_at(dtype, method):
+def test_masked_tokens_are_not_looked_at(dtype):
     layer = hard_layer(200, (40, 24), dtype, masked=True)
-    assert update(layer, method=method) == NO_BAD_VALUE
+    assert update(layer) == NO_BAD_VALUE
     assert_exact(layer)
     count = layer.acc.count
     plain = plain_layer(200, (40, 24), dtype)
     plain.mask = layer.mask
     for x in plain.inputs:
         x[~plain.mask] = float("inf")
-    assert update(plain, method=method) == NO_BAD_VALUE
+    assert update(plain) == NO_BAD_VALUE
     assert_exact(plain)
     before = layer.acc.state_dict()
     layer.mask = torch.zeros(200, dtype=torch.bool)
@@ -217,10 +213,9 @@ def test_masked_tokens_are_not_looked_at(dtype, method):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
-def test_no_tokens(dtype, method):
+def test_no_tokens(dtype):
     layer = hard_layer(0, (24, 8), dtype)
-    assert update(layer, method=method) == NO_BAD_VALUE
+    assert update(layer) == NO_BAD_VALUE
     assert layer.acc.count == 0
     assert not any(v.any() for v in layer.acc.state_dict().values())
 
@@ -252,8 +247,7 @@ def test_spans_of_long_updates():
     assert_exact(layer)
 
 
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
-def test_several_layers_in_one_launch(method):
+def test_several_layers_in_one_launch():
     dtype = torch.bfloat16
     layers = [
         hard_layer(150, (24, 40), dtype),
@@ -262,7 +256,7 @@ def test_several_layers_in_one_launch(method):
         hard_layer(0, (8, 8), dtype),
         *(plain_layer(33, (8, 16), dtype, seed) for seed in range(7)),
     ]
-    assert update(*layers, method=method, multiprocessors=30) == NO_BAD_VALUE
+    assert update(*layers, multiprocessors=30) == NO_BAD_VALUE
     for layer in layers:
         if layer.inputs[0].shape[0]:
             assert_exact(layer)
@@ -289,13 +283,12 @@ def test_outliers_of_shifted_channels_are_counted_exactly():
     assert_exact(layer)
 
 
-@pytest.mark.parametrize("method", [PORTABLE, PANELS])
-def test_massive_token(method):
+def test_massive_token():
     """One token that outweighs all others by far, as the first of a text often does."""
     f = torch.randn(600, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     f[0, 5] = 3000.0
     layer = Layer([f, f[:, :8].contiguous()])
-    assert update(layer, method=method) == NO_BAD_VALUE
+    assert update(layer) == NO_BAD_VALUE
     assert_exact(layer)
 
 

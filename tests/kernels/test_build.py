@@ -168,7 +168,7 @@ PLAIN = dict.fromkeys(("linear", "covariance", "rope", "memory"), "plain")
     [
         ("", {}),
         ("all=kernel", dict.fromkeys(PLAIN, "kernel") | {"covariance": "hopper"}),
-        ("gram=cublas", {"covariance": "cublas"}),
+        ("gram=portable", {"covariance": "portable"}),
     ],
 )
 def test_paths_of_the_environment(setting, changes):

@@ -13,7 +13,7 @@ from cases.covariance import accumulate, assert_moments_exact, hard_tokens
 
 import nbl_kernels as nk
 
-CUDA_PATHS = ("hopper", "portable", "cublas", "plain")
+CUDA_PATHS = ("hopper", "portable", "plain")
 every_path = devices.paths("covariance", *CUDA_PATHS)
 path = devices.paths("covariance", *CUDA_PATHS, capabilities=False)
 

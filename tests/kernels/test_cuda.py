@@ -5,6 +5,10 @@ file."""
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import devices
 import pytest
@@ -28,11 +32,12 @@ from tolerance import assert_as_exact_as_torch
 from torch import Tensor
 
 import nbl_kernels as nk
+from nbl_kernels import _C
 
 pytestmark = devices.needs_gpu
 
 linear_path = devices.cuda_paths("linear", "kernel", "plain")
-gram_path = devices.cuda_paths("gram", "hopper", "portable", "cublas", "plain")
+gram_path = devices.cuda_paths("covariance", "hopper", "portable", "plain")
 rope_path = devices.cuda_paths("rope", "kernel", "plain")
 memory_path = devices.cuda_paths("memory", "kernel", "plain")
 
@@ -108,6 +113,99 @@ def test_linear_on_another_device(linear_path):
     there, layer_there = layer_calls(3, 64, torch.bfloat16, "cuda:1")
     out = layer_there(there)  # while cuda:0 is the current device
     assert out.device == there.device and torch.equal(out.cpu(), layer(x).cpu())
+
+
+# ---- Linears whose k is split over blocks, which meet at counters --------------------------------
+
+
+SPLIT = [(1, 256, 8192), (4, 2048, 2048), (16, 2048, 2048)]  # (rows of x, N, K)
+
+
+def split_call(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16):
+    """The inputs of a residual_linear, and that call with another x."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    name = str(dtype).removeprefix("torch.")
+    assert _C.skinny_linear_plan(name, False, False, True, m, n, k, sms)["grid"][1] > 1
+    inputs = [on_gpu(m, k, dtype=dtype), on_gpu(n, k, dtype=dtype, scale=k**-0.5)]
+    inputs += [on_gpu(n, dtype=dtype), on_gpu(m, n, dtype=dtype)]
+    return inputs, lambda x: nk.residual_linear(x, *inputs[1:])
+
+
+@pytest.fixture
+def split_kernel():
+    with cuda_path("linear", "kernel"), devices.full_precision():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SPLIT, ids=str)
+def test_linear_split(split_kernel, shape, dtype):
+    """Exact, in a graph as outside, and back to back without a pause."""
+    inputs, call = split_call(*shape, dtype)
+    out = call(inputs[0])
+    assert_as_exact_as_torch(out, torch_residual_linear, [*inputs, None])
+    other = inputs[0].flip(0) * 0.5
+    other_out = call(other)
+    graph, graph_out = captured(lambda: call(inputs[0]))
+    for _ in range(3):  # eager calls beside the replays of the graph
+        graph.replay()
+        beside = [call(x) for x in (other, inputs[0]) for _ in range(20)]
+        assert torch.equal(graph_out, out)
+        assert all(torch.equal(y, other_out) for y in beside[:20])
+        assert all(torch.equal(y, out) for y in beside[20:])
+
+
+@pytest.mark.parametrize("shape", SPLIT, ids=str)
+def test_linear_split_on_two_streams_and_from_two_threads(split_kernel, shape):
+    inputs, call = split_call(*shape)
+    xs = [inputs[0], inputs[0] * 0.5]
+    expected = [call(x) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(call(xs[i]))
+
+    def from_a_thread(i: int) -> list[Tensor]:
+        with torch.cuda.stream(streams[i]):
+            return [call(xs[i]) for _ in range(50)]
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(2) as pool:
+        for i, more in enumerate(pool.map(from_a_thread, range(2))):
+            results[i] += more
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert all(torch.equal(y, expected[i]) for y in results[i])
+
+
+def test_linear_split_without_dependent_launches(split_kernel, tmp_path):
+    """Bit for bit the same, also behind the kernels that make its input."""
+    program = tmp_path / "layers.py"
+    program.write_text(
+        "import sys, torch, nbl_kernels as nk\n"
+        "nk.set_cuda_path('linear', 'kernel')\n"
+        "torch.manual_seed(0)\n"
+        "outs = []\n"
+        f"for m, n, k in {SPLIT}:\n"
+        "    w = (torch.randn(n, k) / k**0.5).bfloat16().cuda()\n"
+        "    x = torch.randn(m, k).bfloat16().cuda()\n"
+        "    up = (torch.randn(k, n) / n**0.5).bfloat16().cuda()\n"
+        "    for _ in range(20):\n"
+        "        y = nk.residual_linear(x, w, residual=x[:, :n])\n"
+        "        x = nk.residual_linear(y, up, residual=x * 0.5)\n"
+        "    outs.append(x.cpu())\n"
+        "torch.save(outs, sys.argv[1])\n"
+    )
+    outs = []
+    for dependent in ("1", "0"):
+        file = tmp_path / f"{dependent}.pt"
+        environment = os.environ | {"NBL_DEPENDENT_LAUNCH": dependent}
+        subprocess.run([sys.executable, program, file], env=environment, check=True)
+        outs.append(torch.load(file))
+    assert all(map(torch.equal, *outs)) and all(t.isfinite().all() for t in outs[0])
 
 
 def test_linear_offsets_beyond_31_bits(linear_path):

@@ -322,13 +322,21 @@ def test_strides(path, dtype, map_u, tokens):
     for name, t in a.items():
         if isinstance(t, Tensor):
             storages[name], views[name] = inside(t, 1 if name in ("state", "history") else 2)
-    assert torch.equal(nk.memory_scan(**views), expected_out)
+
+    def assert_same(actual: Tensor, expected: Tensor) -> None:
+        if path.on_gpu:  # where PyTorch's products, and ours, sum in an order that strides decide
+            tolerance = 16 * torch.finfo(actual.dtype).eps
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        else:
+            assert torch.equal(actual, expected)
+
+    assert_same(nk.memory_scan(**views), expected_out)
     for name in ("state", "history"):
-        assert torch.equal(views[name], expected[name])
+        assert_same(views[name], expected[name])
         views[name].fill_(-7)
         assert (storages[name] == -7).all()
     a["x"] = a["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(nk.memory_scan(**a), expected_out)
+    assert_same(nk.memory_scan(**a), expected_out)
 
 
 @pytest.mark.parametrize("map_u", [True, False])

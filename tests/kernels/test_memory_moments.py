@@ -397,7 +397,7 @@ def test_errors_name_the_argument():
     assert acc.count == 0 and not any(v.any() for v in acc._added().values())
 
 
-path = devices.paths("covariance", "hopper", "portable", "cublas", "plain", capabilities=False)
+path = devices.paths("covariance", "hopper", "portable", "plain", capabilities=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,5 @@
 // An update of streaming moments, launch by launch, from stdin to stdout: int32 dtype (0 float32,
-// 1 bfloat16, 2 float16), method (0 portable kernel, 1 panels), seed, multiprocessors, layers; per
+// 1 bfloat16, 2 float16), seed, multiprocessors, layers; per
 // layer int32 inputs, tokens, mask (0/1), left out (bit i: product i), per input dim, stride,
 // offset (elements before the first row), the mask, the inputs' elements, and what count, sums and
 // the Gram matrices not left out hold before. Out: int64 update, input, channel, token of a refused
@@ -16,8 +16,8 @@ using driver::read_array;
 
 class EmulatedDevice {
  public:
-  EmulatedDevice(uint64_t seed, int multiprocessors, bool panels)
-      : seed_(seed), multiprocessors_(multiprocessors), panels_(panels) {}
+  EmulatedDevice(uint64_t seed, int multiprocessors)
+      : seed_(seed), multiprocessors_(multiprocessors) {}
 
   void* allocate(size_t bytes) {
     workspaces_.emplace_back(bytes, char(0xff));
@@ -34,35 +34,12 @@ class EmulatedDevice {
   }
 
   void gram(const GramParams& params, bool as_half) {
-    if (panels_)
-      multiply_panels(*this, params, as_half);
-    else
-      launch_gram_portable(*this, params, as_half);
-  }
-
-  // What the library does, row-major: tensor cores throughout, then one addition in float32.
-  void gemm(bool as_half, int cols, int rows, int64_t tokens, const uint16_t* y, int64_t y_stride,
-            const uint16_t* x, int64_t x_stride, bool add, float* out) {
-    const auto value = [&](uint16_t bits) -> double {
-      return as_half ? to_float(float16{bits}) : to_float(bfloat16{bits});
-    };
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < cols; ++c) {
-        double sum = 0;
-        for (int64_t t = 0; t < tokens; ++t) {
-          sum += value(x[t * x_stride + r]) * value(y[t * y_stride + c]);
-          if (t % 8 == 7) sum = emulation::truncated(sum);
-        }
-        float& to = out[int64_t{r} * cols + c];
-        to = static_cast<float>(sum) + (add ? to : 0.0f);
-      }
-    }
+    launch_gram_portable(*this, params, as_half);
   }
 
  private:
   uint64_t seed_;
   int multiprocessors_;
-  bool panels_;
   std::list<std::vector<char>> workspaces_;
 };
 
@@ -75,7 +52,7 @@ struct LayerMemory {
 
 template <class T>
 void run() {
-  const int method = read<int>(), seed = read<int>(), multiprocessors = read<int>();
+  const int seed = read<int>(), multiprocessors = read<int>();
   const int num_layers = read<int>();
   std::vector<LayerMemory> memory(num_layers);
   std::vector<MomentsUpdate> updates(num_layers);
@@ -113,7 +90,7 @@ void run() {
       update.grams[product] = memory[i].grams[product].data();
     }
   }
-  EmulatedDevice device(seed, multiprocessors, method == 1);
+  EmulatedDevice device(seed, multiprocessors);
   BadValue bad{-1, -1, -1, -1};
   MomentsUpdater<T, EmulatedDevice>(device, updates).run(bad);
   driver::write_array(std::vector<int64_t>{bad.update, bad.input, bad.channel, bad.token});

@@ -5,8 +5,8 @@
 //   device.launch(kernel, grid, threads, shared_bytes, params)
 //   device.read_back(host, device, bytes) after all launches before it
 //   device.multiprocessors()
-//   device.gram(params, as_half)          one launch's worth of products: launch_gram_portable,
-//                                         multiply_panels or a kernel of its own
+//   device.gram(params, as_half)          one launch's worth of products: launch_gram_portable or
+//                                         a kernel of its own
 // so that the GPU and the emulation run the same sequence with the same grids.
 //
 //   statistics of every layer → the host looks at the flags → per span of 8192 tokens: pack what
@@ -42,11 +42,6 @@ struct BadValue {  // why an update is refused
   int64_t token;  // -1: no single value, the sum of squares of the channel is too large
 };
 
-// Tokens of one product of multiply_panels: a library keeps their sums in the accumulators of the
-// tensor cores, where errors do not average out (gram.cuh); it adds chunk to chunk in float32.
-constexpr int64_t kPanelTokens = 128, kPanelTokensHalf = 64;
-constexpr int64_t kPanelRows = 1024;  // a panel of float32 sums stays in L2
-
 template <class Device>
 void launch_gram_portable(Device& device, GramParams p, bool as_half) {
   plan_gram(p, device.multiprocessors());
@@ -58,53 +53,6 @@ void launch_gram_portable(Device& device, GramParams p, bool as_half) {
                 kGramThreads, kGramShared, p);
   if (p.splits > 1)
     device.launch(gram_combine, dim3{static_cast<unsigned>(p.tiles)}, kGramThreads, 0, p);
-}
-
-// The same by a library: panels of at most kPanelRows rows of each Gram matrix, right of the
-// diagonal where it is symmetric. Needs
-//   device.gemm(as_half, cols, rows, tokens, y, y_stride, x, x_stride, add, out)
-// out (rows, cols) float32 (+)= Σ_tokens x_r y_c.
-template <class Device>
-void multiply_panels(Device& device, const GramParams& p, bool as_half) {
-  const int64_t chunk = as_half ? kPanelTokensHalf : kPanelTokens;
-  int64_t most_columns = 0;
-  for (int i = 0; i < p.num_problems; ++i)
-    for (int s = 0; s < p.problems[i].num_inputs; ++s)
-      if (p.problems[i].inputs[s].dim > most_columns) most_columns = p.problems[i].inputs[s].dim;
-  float* panel = static_cast<float*>(device.scratch(sizeof(float) * kPanelRows * most_columns));
-  for (int i = 0; i < p.num_problems; ++i) {
-    const GramProblem& problem = p.problems[i];
-    for (int product = 0; product < gram_products(problem.num_inputs); ++product) {
-      const GramOperand& x = problem.inputs[gram_row_input(product)];
-      const GramOperand& y = problem.inputs[gram_col_input(product)];
-      if (!problem.out[product] || y.dim == 0 || problem.tokens == 0) continue;
-      for (int row = 0; row < x.dim; row += kPanelRows) {
-        const int col = gram_symmetric(product) ? row : 0;
-        const int rows = x.dim - row < kPanelRows ? x.dim - row : kPanelRows;
-        bool add = false;
-        for (int order = 2; order >= 0; --order) {  // the smallest products first: gram.cuh
-          for (int part = 0; part <= order; ++part) {
-            if (part >= x.parts || order - part >= y.parts) continue;
-            const auto at = [](const GramOperand& operand, int which, int64_t token, int column) {
-              return static_cast<const uint16_t*>(operand.data) + which * operand.part_stride +
-                     token * operand.stride + column;
-            };
-            for (int64_t begin = 0; begin < problem.tokens; begin += chunk) {
-              const int64_t left = problem.tokens - begin;
-              device.gemm(as_half, y.dim - col, rows, left < chunk ? left : chunk,
-                          at(y, order - part, begin, col), y.stride, at(x, part, begin, row),
-                          x.stride, add, panel);
-              add = true;
-            }
-          }
-        }
-        GramPanelParams promote{gram_output(problem, product), row, col, rows, y.dim - col, panel};
-        const unsigned blocks = static_cast<unsigned>(ceil_div(promote.cols, kGramThreads));
-        device.launch(gram_promote, dim3{blocks, static_cast<unsigned>(rows)}, kGramThreads, 0,
-                      promote);
-      }
-    }
-  }
 }
 
 template <class T, class Device>

@@ -309,21 +309,6 @@ static __global__ void __launch_bounds__(kGramThreads) gram_combine(NBL_PARAM Gr
   }
 }
 
-struct GramPanelParams {
-  GramOutput output;
-  int first_row, first_col, rows, cols;
-  const float* panel;  // (rows, cols)
-};
-
-// Adds a panel of float32 sums that a library computed. Blocks of (256 columns, 1 row).
-static __global__ void __launch_bounds__(kGramThreads) gram_promote(NBL_PARAM GramPanelParams p) {
-  const int col = blockIdx.x * kGramThreads + threadIdx.x, row = blockIdx.y;
-  const GramOutput& g = p.output;
-  if (col >= p.cols || !g.has(p.first_row + row, p.first_col + col)) return;
-  g.out[g.at(p.first_row + row, p.first_col + col)] +=
-      p.panel[int64_t{row} * p.cols + col] + g.shifted_part(p.first_row + row, p.first_col + col);
-}
-
 // ---- The portable kernel -----------------------------------------------------------------------
 
 // Where the 16-byte chunk `chunk` of token `token` lies in a slab.

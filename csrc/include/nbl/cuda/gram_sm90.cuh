@@ -4,7 +4,7 @@
 //   warpgroup 0: one thread copies        warpgroups 1, 2: 64 x 128 of the tile each
 //   ┌──────────────────────────────┐      ┌────────────────────────────────────────────┐
 //   │ per step of 64 tokens        │ full │ 4 wgmma m64n128k16 per step; after the last │
-//   │ rows 2 boxes of 64 columns   │ ───▶ │ step of a run (128 tokens; float16: 64) the │
+//   │ rows 2 boxes of 64 columns   │ ───▶ │ of a run (64 tokens; float16: 32) the       │
 //   │ cols 2 boxes of 64 columns   │ ◀─── │ accumulators are added to float32 registers │
 //   └──────────────────────────────┘ empty└────────────────────────────────────────────┘
 //                    6 stages of 32 KiB in shared memory; one block per SM walks over the tiles
@@ -18,12 +18,11 @@
 // of 1024 still, so that the base offset stays zero.
 //
 // While one of the two warpgroups adds up its accumulators, the other's products keep the tensor
-// cores busy. Errors are those of gram.cuh; Hopper adds 16 products at a time and keeps more bits
-// of them, so runs are twice as long for the same loss.
+// cores busy. Errors and runs are those of gram.cuh: measured on an H200, runs twice as long lose
+// more than 1e-6 of hard inputs.
 //
-// No GPU has run this kernel yet, and the emulation cannot. It shares tiles, work list and results
-// with gram_portable, which is emulated under sanitizers and is the reference that it has to agree
-// with (to 1e-6: the order of additions differs) before a table may choose it.
+// The emulation cannot run this kernel. It shares tiles, work list and results with gram_portable,
+// which is emulated under sanitizers.
 #pragma once
 
 #include "gram.cuh"
@@ -40,7 +39,7 @@ constexpr size_t kHopperShared = size_t{kHopperStages} * (kHopperStageBytes + 2 
 static_assert(kSplitTokens % kHopperSlab == 0, "a box lies within one split");
 
 template <class T>
-constexpr int kHopperRun = 2 * kTokensPerRun<T> / kHopperSlab;  // steps
+constexpr int kHopperRuns = kHopperSlab / kTokensPerRun<T>;  // in a step
 
 struct GramHopperParams {
   TensorMap maps[kMaxGramProblems][kMaxInputs];  // (parts, tokens, dim), boxes (1, 64, 64)
@@ -109,32 +108,30 @@ __global__ void __launch_bounds__(kHopperThreads, 1) gram_hopper(NBL_PARAM GramH
       const GramWork work = gram_work(p.gram, index);
       const int steps = gram_steps(work, kHopperSlab);
       float accumulators[64], sums[1][16][4] = {};
-      for (int step = 0; step < steps;) {
-        const int run = steps - step < kHopperRun<T> ? steps - step : kHopperRun<T>;
-        const int first_stage = stage;
-        for (int i = 0; i < run; ++i) {
-          barrier_wait(full + stage, phase);
-          const char* from = stages + stage * kHopperStageBytes;
-          const uint64_t rows = box_descriptor(from + warpgroup * kBoxBytes);
-          const uint64_t cols = box_descriptor(from + 2 * kBoxBytes);
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(full + stage, phase);
+        const char* from = stages + stage * kHopperStageBytes;
+        const uint64_t rows = box_descriptor(from + warpgroup * kBoxBytes);
+        const uint64_t cols = box_descriptor(from + 2 * kBoxBytes);
+#pragma unroll
+        for (int run = 0; run < kHopperRuns<T>; ++run) {
+          constexpr int kProducts = kTokensPerRun<T> / 16;
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < kHopperSlab / 16; ++k) {
+          for (int k = run * kProducts; k < (run + 1) * kProducts; ++k) {
             const uint64_t tokens = k * 16 * kBoxColumns * 2 / 16;
-            wgmma_m64n128k16<T>(accumulators, rows + tokens, cols + tokens, i + k > 0);
+            wgmma_m64n128k16<T>(accumulators, rows + tokens, cols + tokens, k % kProducts > 0);
           }
           wgmma_commit();
-          if (++stage == kHopperStages) {
-            stage = 0;
-            phase ^= 1;
-          }
-        }
-        wgmma_wait(accumulators);
-        if (threadIdx.x % 32 == 0)
-          for (int i = 0; i < run; ++i) barrier_arrive(empty + (first_stage + i) % kHopperStages);
+          wgmma_wait(accumulators);
+          if (run + 1 == kHopperRuns<T> && threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
 #pragma unroll
-        for (int i = 0; i < 64; ++i) sums[0][i / 4][i % 4] += accumulators[i];
-        step += run;
+          for (int i = 0; i < 64; ++i) sums[0][i / 4][i % 4] += accumulators[i];
+        }
+        if (++stage == kHopperStages) {
+          stage = 0;
+          phase ^= 1;
+        }
       }
       finish_fragments(p.gram, index, work.tile, static_cast<int>(threadIdx.x - 128) / 32 * 16, 0,
                        sums);
