@@ -5,7 +5,8 @@
 1. build      this source tree (or --wheel) into a temporary folder
 2. tests      those of the operators and models, a process per area: a crash costs one area
    sanitizer  memcheck and racecheck of compute-sanitizer, on small shapes, meanwhile
-3. bench      pytest --benchmark --benchmark-device cuda
+3. bench      pytest --benchmark --benchmark-device cuda, a process per file
+   decode     benchmarks/decode.py of the 8B shape, with all kernels
 4. a dated JSON and Markdown file in benchmarks/results, and a short table
 
 A stage that fails or runs out of time is recorded as such, and the next one runs all the same;
@@ -38,7 +39,7 @@ from gpu import report
 from gpu.devices import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "tests", "sanitizer", "bench")
+STAGES = ("build", "tests", "sanitizer", "bench", "decode")
 # One process each: what pytest is told beside the device.
 AREAS = {
     "linear": ["kernels/test_linear.py", "kernels/test_quantization.py"],
@@ -53,8 +54,18 @@ AREAS = {
 DRY_AREAS = ("rope", "interop")
 # When each part must have ended, as a share of --minutes; what is left over is for the next.
 BUILD_END, CHECKS_END, BENCH_END, SWEEP_END = 0.42, 0.62, 0.97, 0.97
+# The files of benchmarks and the decode of a whole model, what matters most first, and when each
+# must have ended, as a share of BENCH_END.
+BENCHMARKS = {
+    "linear": 0.7,
+    "decode": 0.85,
+    "covariance": 0.9,
+    "memory": 0.95,
+    "rope": 1,
+    "lmmse": 1,
+}
 BENCH_END_BEFORE_SWEEP = 0.8
-LONGEST_CASE = 25.0  # seconds that the benchmarks may need after the last case has begun
+LONGEST_CASE = 6.0  # seconds that the benchmarks may need after the last case has begun
 BUILD_INFO = "import json, nbl_kernels as nk; print(json.dumps(nk.build_info()))"
 
 
@@ -222,26 +233,45 @@ def sanitizer(run: Run, tool: str) -> Stage:
     return stage(tool, status, seconds, lines, detail)
 
 
-def bench(run: Run, end: float) -> tuple[Stage, list[dict]]:
-    rows_file = run.folder / "rows.jsonl"
+def bench(run: Run, file: str, end: float, compiled: bool) -> tuple[Stage, list[dict]]:
+    """One file of benchmarks in a process of its own: what hangs or dies costs its rows alone."""
+    name = f"bench {file}"
+    rows_file = run.folder / f"{file}.jsonl"
     device = "dry" if run.dry_run else "cuda"
-    minutes = (run.left(end) - LONGEST_CASE) / 60
+    minutes = max(0.0, run.left(end) - LONGEST_CASE) / 60
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["--benchmark", f"--benchmark-device={device}", f"--benchmark-minutes={minutes}"]
     command += [f"--benchmark-results={rows_file}"]
-    if not run.dry_run:
+    if compiled and not run.dry_run:
         command.append("--benchmark-compile")
-    # The many linears last: what is left out when time runs out are their lesser shapes.
-    files = ("covariance", "lmmse", "rope", "memory", "linear")
-    command += [f"benchmarks/test_{name}.py" for name in files]
-    status, seconds, lines = run.process("bench", command, run.left(end))
+    command.append(f"benchmarks/test_{file}.py")
+    status, seconds, lines = run.process(name, command, run.left(end))
     text = rows_file.read_text(encoding="utf-8") if rows_file.exists() else ""
     rows = json_lines(text.splitlines())
     totals = [line for line in lines if re.search(r"\d+ (passed|failed|skipped)", line)]
     detail = f"{len(report.measured(rows))} rows; {totals[-1].strip('= ') if totals else ''}"
     if status == 0 and not report.measured(rows):
-        return Stage("bench", "failed", seconds, f"{detail}: nothing was measured", lines[-60:]), []
-    return stage("bench", status, seconds, lines, detail), rows
+        return Stage(name, "failed", seconds, f"{detail}: nothing was measured", lines[-60:]), []
+    return stage(name, status, seconds, lines, detail), rows
+
+
+def decode(run: Run, end: float) -> tuple[Stage, dict | None]:
+    """Tokens per second of the 8B shape, all paths ours, beside transformers and the ceiling."""
+    file = run.folder / "decode.json"
+    command = [sys.executable, "benchmarks/decode.py", "--device=cuda", "--engines=eager,dense,nbl"]
+    command += ["--batch=1", "--context=128,4096", "--layers=12", "--repeats=5", f"--json={file}"]
+    status, seconds, lines = run.process(
+        "decode", command, run.left(end), NBL_CUDA_PATHS="all=kernel"
+    )
+    if not file.exists():
+        return stage("decode", status or 1, seconds, lines, "no results"), None
+    cases = json.loads(file.read_text())["cases"]
+    said = [
+        f"{row['engine']} at {case['context']}: {row['tokens_per_second']:.0f} tokens/s"
+        for case in cases
+        for row in case["rows"]
+    ]
+    return stage("decode", status, seconds, lines, "; ".join(said)), {"cases": cases}
 
 
 def json_lines(lines: list[str]) -> list[dict]:
@@ -300,11 +330,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--only",
         default=",".join(STAGES),
         metavar="STAGES",
-        help="of build,tests,sanitizer,bench; without build: the nbl_kernels this Python imports",
+        help=f"of {','.join(STAGES)}; without build: the nbl_kernels this Python imports",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: dry run")
     parser.add_argument(
         "--sweep", action="store_true", help="also time other tiles of the skinny linear"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time torch.compile of PyTorch's chains too: minutes"
     )
     parser.add_argument("--commit", help="what to write where the tree is not a git checkout")
     arguments = parser.parse_args(argv)
@@ -349,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
         date = datetime.now().astimezone().isoformat(timespec="seconds")
         device = DEVICES["dry" if dry_run else "cuda"]()
         environment = device.environment()
-        stages, rows, info = collect(run, arguments)
+        stages, rows, info, decoded = collect(run, arguments)
         swept = []
         if arguments.sweep and not dry_run:
             stage_of_sweep, swept = sweep(run, environment["compute_capability"])
@@ -370,6 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         "targets": report.targets(rows),
         "suggested_paths": report.suggested_paths(rows),
         "rows": rows,
+        "decode": decoded,
         "sweep": swept,
     }
     name = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
@@ -386,8 +420,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def collect(
     run: Run, arguments: argparse.Namespace
-) -> tuple[list[Stage], list[dict], dict[str, object]]:
-    """Runs the stages; returns them, the rows, and what the package says of itself."""
+) -> tuple[list[Stage], list[dict], dict[str, object], dict | None]:
+    """Runs the stages; returns them, the rows, what the package says of itself, decode's cases."""
     stages: list[Stage] = []
 
     def done(s: Stage) -> Stage:
@@ -396,11 +430,11 @@ def collect(
         return s
 
     if "build" in arguments.only and done(build(run, arguments.wheel)).status != "ok":
-        return stages, [], {}
+        return stages, [], {}, None
     info, failure = installed(run)
     if failure is not None:
         done(failure)
-        return stages, [], info
+        return stages, [], info, None
     checks = []
     if "tests" in arguments.only:
         checks += [(tests, area) for area in (DRY_AREAS if run.dry_run else AREAS)]
@@ -411,10 +445,18 @@ def collect(
         for future in [pool.submit(check, run, what) for check, what in checks]:
             done(future.result())
     rows: list[dict] = []
-    if "bench" in arguments.only:
-        benched, rows = bench(run, BENCH_END_BEFORE_SWEEP if arguments.sweep else BENCH_END)
-        done(benched)
-    return stages, rows, info
+    decoded = None
+    end = BENCH_END_BEFORE_SWEEP if arguments.sweep else BENCH_END
+    for name, share in BENCHMARKS.items():
+        if name == "decode":
+            if "decode" in arguments.only and not run.dry_run:
+                decoding, decoded = decode(run, share * end)
+                done(decoding)
+        elif "bench" in arguments.only:
+            benched, more = bench(run, name, share * end, arguments.compile)
+            done(benched)
+            rows += more
+    return stages, rows, info, decoded
 
 
 if __name__ == "__main__":

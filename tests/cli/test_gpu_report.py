@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+FILES = ("linear", "covariance", "memory", "rope", "lmmse")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("runs from the source folder only", allow_module_level=True)
@@ -64,7 +65,7 @@ def test_dry_run_writes_marked_files(tmp_path):
         "tests interop": "skipped",
         "memcheck": "ok",
         "racecheck": "ok",
-        "bench": "ok",
+        **{f"bench {file}": "ok" for file in FILES},
     }
     benchmarks = {row["benchmark"] for row in result["rows"]}
     assert benchmarks == {*report.SWITCHES, "solve + bound"}
@@ -83,7 +84,8 @@ def test_a_stage_out_of_time_does_not_stop_the_others(tmp_path):
     assert done.returncode == 1
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     stages = {stage["name"]: stage["status"] for stage in result["stages"]}
-    assert stages == {"memcheck": "timeout", "racecheck": "timeout", "bench": "timeout"}
+    files = {f"bench {file}": "timeout" for file in FILES}
+    assert stages == {"memcheck": "timeout", "racecheck": "timeout", **files}
     assert result["rows"] == []
 
 

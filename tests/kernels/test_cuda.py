@@ -118,7 +118,7 @@ def test_linear_on_another_device(linear_path):
 # ---- Linears whose k is split over blocks, which meet at counters --------------------------------
 
 
-SPLIT = [(1, 256, 8192), (4, 2048, 2048), (16, 2048, 2048)]  # (rows of x, N, K)
+SPLIT = [(1, 256, 32768), (4, 1024, 8192), (16, 1024, 8192)]  # (rows of x, N, K)
 
 
 def split_call(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16):

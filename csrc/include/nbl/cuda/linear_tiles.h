@@ -96,7 +96,8 @@ struct LinearGeometry {
   int64_t counters;
 };
 
-// The table of sizes. It is by calculation and has not been measured.
+// The table of sizes. For bfloat16 without norm it is the best of a sweep on an H200
+// (benchmarks/gpu/sweep.cu; d = 2048, 4096, 8192); the rest follows it or is by calculation.
 //
 // To keep the memory busy, bandwidth × latency must be in flight: at about 0.8 µs under load that
 // is 14 KiB per SM of an A100 (2.0 TB/s, 108 SMs), 20 of an H100 (3.35, 132), 28 of an H200 (4.8,
@@ -107,10 +108,10 @@ struct LinearGeometry {
 //
 //   dtype    tokens   products   kRows   kTokens   kUnroll
 //   16-bit   1        fma        4       1         2
-//   16-bit   2…8      mma        16      8         4, with norm 3
+//   16-bit   2…8      mma        16      8         2
 //   16-bit   9…16     mma        16      16        4, with norm 3
-//   16-bit   2…16     mma        32      8, 16     2        where that still leaves 4 tiles per SM:
-//                                                           x is read half as often
+//   16-bit   9…16     mma        32      16        2        where that still leaves 3 tiles for 2
+//                                                           SMs: x is read half as often
 //   float32  1        fma        4       1         2
 //   float32  2…       fma        4       4         2
 //
@@ -137,7 +138,8 @@ struct LinearGeometry {
 //
 // Without 16-byte loads: mma of 16 rows and 8 tokens, one step in flight.
 constexpr int64_t kMostSkinnyRows = 16;  // rows of x up to which these kernels are meant to be used
-constexpr int kTilesPerSm = 4;
+// A split is at least so many fillings of the ring: that splits meet takes about two (measured).
+constexpr int kFillingsPerSplit = 4;
 
 // Calls visitor(tile) with a value of the LinearTile to launch.
 template <class T, bool kNorm, bool kVector, class Visitor>
@@ -147,14 +149,12 @@ void visit_plain_tile(const LinearProblem& p, const Visitor& visitor) {
   if constexpr (sizeof(T) == 4) {
     visitor(LinearTile<T, T, false, 4, 4, kFmaUnroll, kNorm, kVector>{});
   } else {
+    if (p.m <= 8) return visitor(LinearTile<T, T, true, 16, 8, 2, kNorm, kVector>{});
     if constexpr (kVector) {
       const int64_t rows = p.swiglu ? 2 * p.n : p.n;
-      if (rows >= int64_t{32} * kTilesPerSm * p.sm_count) {
-        if (p.m <= 8) return visitor(LinearTile<T, T, true, 32, 8, 2, kNorm, kVector>{});
+      if (2 * rows >= int64_t{32} * 3 * p.sm_count)
         return visitor(LinearTile<T, T, true, 32, 16, 2, kNorm, kVector>{});
-      }
     }
-    if (p.m <= 8) return visitor(LinearTile<T, T, true, 16, 8, kMmaUnroll, kNorm, kVector>{});
     visitor(LinearTile<T, T, true, 16, 16, kMmaUnroll, kNorm, kVector>{});
   }
 }
@@ -221,7 +221,7 @@ void with_linear_tile(const LinearProblem& p, const Visitor& visitor) {
   }
 }
 
-// Splits of k only where the tiles leave SMs idle, and no shorter than one filling of the ring.
+// Splits of k only where the tiles leave SMs idle and k is long.
 template <class Tile>
 LinearGeometry linear_geometry(const LinearProblem& p) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -231,7 +231,8 @@ LinearGeometry linear_geometry(const LinearProblem& p) {
   const int64_t rounds = p.k > 0 ? up(p.k, kRound) : 1;
   int64_t splits = p.splits;
   if (splits == 0 && blocks < p.sm_count) {
-    const int64_t room = Tile::kBlocksPerSm * p.sm_count / blocks, most = rounds / Tile::kUnroll;
+    const int64_t room = Tile::kBlocksPerSm * p.sm_count / blocks,
+                  most = rounds / (kFillingsPerSplit * Tile::kUnroll);
     splits = room < most ? room : most;
   }
   splits = splits < 1 ? 1 : splits > rounds ? rounds : splits;
