@@ -311,9 +311,11 @@ def tree(commit: str | None) -> str:
             return None
         return out.stdout.strip()
 
+    if commit:
+        return f"commit {commit} (as told)"
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
-        return f"commit {commit} (as told)" if commit else "unknown commit"
+        return "unknown commit"
     changes = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
     return f"commit {head}" + (" with local changes" if changes else "")
 
@@ -339,9 +341,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="time torch.compile of PyTorch's chains too: minutes"
     )
-    parser.add_argument("--commit", help="what to write where the tree is not a git checkout")
+    parser.add_argument("--commit", help="what to write in place of what git says of the tree")
     arguments = parser.parse_args(argv)
     arguments.only = arguments.only.split(",")
+    if arguments.wheel is not None:
+        arguments.wheel = arguments.wheel.resolve()  # pip runs elsewhere
     for name in arguments.only:
         if name not in STAGES:
             parser.error(f"--only must name stages of {', '.join(STAGES)}, got {name!r}")
