@@ -14,14 +14,19 @@ namespace {
 enum Op { kLinear, kCovariance, kRope, kMemory, kOps };
 
 // What has been measured: op, compute capability, path, the file in benchmarks/results that says
-// so. No kernel has run on a GPU yet, so nothing stands here and everything is plain.
+// so. What does not stand here is plain.
 struct Measured {
   Op op;
   int compute_capability;
   Path path;
   const char* result;
 };
-const std::vector<Measured> kMeasured = {};
+constexpr const char* kH200 = "gpu-nvidia-h200-2026-11-26T2218.md";
+const std::vector<Measured> kMeasured = {
+    {kLinear, 90, Path::kKernel, kH200},
+    {kRope, 90, Path::kKernel, kH200},
+    {kMemory, 90, Path::kKernel, kH200},
+    {kCovariance, 90, Path::kHopper, "gpu-nvidia-h200-2026-11-26T2226-covariance.json"}};
 
 constexpr const char* kOpNames[kOps] = {"linear", "covariance", "rope", "memory"};
 using Names = std::vector<std::pair<const char*, Path>>;

@@ -159,7 +159,7 @@ def test_paths_are_refused_by_name():
         nk.set_cuda_path("covariance", "wgmma")
 
 
-PLAIN = dict.fromkeys(("linear", "covariance", "rope", "memory"), "plain")
+MEASURED = dict.fromkeys(("linear", "rope", "memory"), "kernel") | {"covariance": "hopper"}
 
 
 @pytest.mark.skipif(_ops._C_cuda is None, reason="built without CUDA kernels")
@@ -167,11 +167,12 @@ PLAIN = dict.fromkeys(("linear", "covariance", "rope", "memory"), "plain")
     "setting, changes",
     [
         ("", {}),
-        ("all=kernel", dict.fromkeys(PLAIN, "kernel") | {"covariance": "hopper"}),
+        ("all=kernel", {"covariance": "hopper"}),
+        ("all=plain", dict.fromkeys(MEASURED, "plain")),
         ("gram=portable", {"covariance": "portable"}),
     ],
 )
 def test_paths_of_the_environment(setting, changes):
     code = "from nbl_kernels import _C_cuda; print(_C_cuda.cuda_paths(90))"
     paths = ast.literal_eval(run_python(code, NBL_CUDA_PATHS=setting).stdout)
-    assert paths == PLAIN | changes
+    assert paths == MEASURED | changes

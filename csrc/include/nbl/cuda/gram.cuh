@@ -7,7 +7,7 @@
 //  columns │1 │2 │4 │  │  bands of 8 tile rows,   │ 32 tokens to a slab; cp.async fetches a
 //   of x   ├──┼──┼──┼──┤  column after column:    │ slab of both operands three slabs ahead
 //          │  │3 │5 │  │  blocks that run at the  └──┴──┴──┴──┴──┴──┴──┴──┴
-//          ├──┼──┼──┼──┤  same time share both     accumulators ── every 64 tokens ──▶ float32
+//          ├──┼──┼──┼──┤  same time share both     accumulators ── every 32 tokens ──▶ float32
 //          │  │  │6 │  │  operands in L2           registers ── every 8192 ──▶ float64 in memory
 //          └──┴──┴──┴──┘
 //
@@ -22,10 +22,11 @@
 // Error budget. Products of 16-bit numbers are exact, but a tensor core aligns 8 or 16 of them to
 // the largest (or to the accumulator) and cuts off: each instruction loses up to one unit in the
 // last place, always towards zero, so the loss grows with the number of tokens instead of
-// averaging out. After 64 tokens (32 for float16, whose products have more bits to cut) the
+// averaging out. After 32 tokens the
 // accumulators are therefore added to float32 registers, rounding to nearest: what is cut off is
-// then about 1e-7 of the mean square, and the roundings of at most 8192 / 32 such additions
-// average out to another 1e-7. Adding up in tensor cores throughout would lose 1e-5 in 8192 tokens.
+// then about 1e-7 of the mean square (64 lose more than 1e-6 of 20,000 hard tokens on an H200), and
+// the roundings of at most 8192 / 32 such additions average out to another 1e-7. Adding up in
+// tensor cores throughout would lose 1e-5 in 8192 tokens.
 //
 // An operand can be the sum of several parts (column_stats.cuh): all slabs are then visited once
 // for each pair of parts that is needed, the smallest products first, since added to sums of
@@ -52,10 +53,7 @@ constexpr int kGramStages = 4;
 constexpr int kSlabBytes = kGramSlab * kGramTile * 2;
 constexpr size_t kGramShared = size_t{kGramStages} * 2 * kSlabBytes;
 
-template <class T>
-constexpr int kTokensPerRun = 64;  // that the accumulators of a tensor core may see
-template <>
-inline constexpr int kTokensPerRun<float16> = 32;
+constexpr int kTokensPerRun = 32;  // that the accumulators of a tensor core may see
 
 struct GramOperand {  // (parts, tokens, dim), rows and parts at multiples of 16 bytes
   const void* data;
@@ -408,7 +406,7 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_portable(NBL_PARAM GramP
   const int index = blockIdx.x;
   const GramWork work = gram_work(p, index);
   const int steps = gram_steps(work, kGramSlab);
-  constexpr int kRunSteps = kTokensPerRun<T> / kGramSlab;
+  constexpr int kRunSteps = kTokensPerRun / kGramSlab;
   const int warp = threadIdx.x / 32;
   const int first_row = warp / 4 * 64, first_col = warp % 4 * 32;
   char* stages = shared_memory();

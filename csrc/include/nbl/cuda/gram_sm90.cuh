@@ -4,7 +4,7 @@
 //   warpgroup 0: one thread copies        warpgroups 1, 2: 64 x 128 of the tile each
 //   ┌──────────────────────────────┐      ┌────────────────────────────────────────────┐
 //   │ per step of 64 tokens        │ full │ 4 wgmma m64n128k16 per step; after the last │
-//   │ rows 2 boxes of 64 columns   │ ───▶ │ of a run (64 tokens; float16: 32) the       │
+//   │ rows 2 boxes of 64 columns   │ ───▶ │ of a run (32 tokens) the                    │
 //   │ cols 2 boxes of 64 columns   │ ◀─── │ accumulators are added to float32 registers │
 //   └──────────────────────────────┘ empty└────────────────────────────────────────────┘
 //                    6 stages of 32 KiB in shared memory; one block per SM walks over the tiles
@@ -18,8 +18,8 @@
 // of 1024 still, so that the base offset stays zero.
 //
 // While one of the two warpgroups adds up its accumulators, the other's products keep the tensor
-// cores busy. Errors and runs are those of gram.cuh: measured on an H200, runs twice as long lose
-// more than 1e-6 of hard inputs.
+// cores busy. Errors and runs are those of gram.cuh: runs of 64 tokens and more lose too much on an
+// H200.
 //
 // The emulation cannot run this kernel. It shares tiles, work list and results with gram_portable,
 // which is emulated under sanitizers.
@@ -38,8 +38,7 @@ constexpr int kHopperStageBytes = 4 * kBoxBytes;
 constexpr size_t kHopperShared = size_t{kHopperStages} * (kHopperStageBytes + 2 * sizeof(uint64_t));
 static_assert(kSplitTokens % kHopperSlab == 0, "a box lies within one split");
 
-template <class T>
-constexpr int kHopperRuns = kHopperSlab / kTokensPerRun<T>;  // in a step
+constexpr int kHopperRuns = kHopperSlab / kTokensPerRun;  // in a step
 
 struct GramHopperParams {
   TensorMap maps[kMaxGramProblems][kMaxInputs];  // (parts, tokens, dim), boxes (1, 64, 64)
@@ -114,8 +113,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1) gram_hopper(NBL_PARAM GramH
         const uint64_t rows = box_descriptor(from + warpgroup * kBoxBytes);
         const uint64_t cols = box_descriptor(from + 2 * kBoxBytes);
 #pragma unroll
-        for (int run = 0; run < kHopperRuns<T>; ++run) {
-          constexpr int kProducts = kTokensPerRun<T> / 16;
+        for (int run = 0; run < kHopperRuns; ++run) {
+          constexpr int kProducts = kTokensPerRun / 16;
           wgmma_fence();
 #pragma unroll
           for (int k = run * kProducts; k < (run + 1) * kProducts; ++k) {
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) gram_hopper(NBL_PARAM GramH
           }
           wgmma_commit();
           wgmma_wait(accumulators);
-          if (run + 1 == kHopperRuns<T> && threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
+          if (run + 1 == kHopperRuns && threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
 #pragma unroll
           for (int i = 0; i < 64; ++i) sums[0][i / 4][i % 4] += accumulators[i];
         }
