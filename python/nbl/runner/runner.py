@@ -48,8 +48,8 @@ class Runner:
         max_length: the most tokens of the longest prompt and its continuation together.
         prefill_chunk: the most prompt tokens, of the whole batch, in one forward pass.
         cuda_graphs: replay the decode step as a CUDA graph, one for each batch size and for each
-            power of two of cache slots in use, captured when first needed. Its tokens are those of a
-            runner without graphs (tests/models/test_cuda_models.py, run on an H200).
+            power of two of cache slots in use, captured when first needed. On an H200 its
+            tokens were those of a runner without graphs (tests/models/test_cuda_models.py).
         draft: what :func:`nbl.draft_model` made of `model`, for :meth:`generate` with
             ``draft_layers``. It uses the weights and the cache of `model`.
         attention: "sdpa", PyTorch's ``scaled_dot_product_attention``, or "flashinfer" (the extra
