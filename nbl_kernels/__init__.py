@@ -11,7 +11,7 @@ from nbl_kernels.covariance import CovarianceAccumulator, Moments
 from nbl_kernels.linear import norm_linear, norm_swiglu, residual_linear
 from nbl_kernels.lmmse import Lmmse, canonical_correlations, cca_bound, lmmse_solve
 from nbl_kernels.memory import memory_linear, memory_scan
-from nbl_kernels.memory_covariance import MemoryAccumulator, memory_features
+from nbl_kernels.memory_moments import MemoryAccumulator, memory_features
 from nbl_kernels.pages import use_huge_pages
 from nbl_kernels.quantization import dequantize, quantize
 from nbl_kernels.reference import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import nbl_kernels as nk
-from nbl_kernels.memory import Filters
+from nbl_kernels.filters import Filters
 
 __all__ = ["Memory", "MemoryMap"]
 

@@ -26,7 +26,7 @@ from tolerance import assert_rounding_only
 from torch import Tensor
 
 import nbl_kernels as nk
-from nbl_kernels.memory import Filters, filter_features
+from nbl_kernels.filters import Filters, filter_features
 
 every_path = devices.paths("memory", "kernel", "plain")
 path = devices.paths("memory", "kernel", "plain", capabilities=False)

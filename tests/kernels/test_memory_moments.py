@@ -14,7 +14,7 @@ from cases.covariance import relative_error
 from cases.memory_moments import TOLERANCE, assert_right, block_errors, exact_moments, texts
 
 import nbl_kernels as nk
-from nbl_kernels import memory_covariance
+from nbl_kernels import memory_moments
 
 FILTERS = [
     ((1,), (0.6, 0.95)),
@@ -147,7 +147,7 @@ def test_splitting_merging_and_chunks_do_not_matter(dtype, monkeypatch):
     lags, decays = (2, 1), (0.95, 0.6)
     exact = exact_moments(f, t, lags, decays)
     whole, first, second = (nk.MemoryAccumulator(8, 8, lags=lags, decays=decays) for _ in "abc")
-    monkeypatch.setattr(memory_covariance, "_CHUNK_BYTES", 4 * 50 * 5 * 8 * 5)  # five rows
+    monkeypatch.setattr(memory_moments, "_CHUNK_BYTES", 4 * 50 * 5 * 8 * 5)  # five rows
     whole.update(f, t)
     assert_right(whole.moments(), exact, 8, dtype)
     for i, (x, y) in enumerate(zip(f.split(3), t.split(3))):
@@ -335,7 +335,7 @@ def test_numpy_arrays():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["features", "targets", "block"])
 def test_non_finite_tokens_are_refused_and_nothing_is_added(dtype, name, monkeypatch):
-    monkeypatch.setattr(memory_covariance, "_CHUNK_BYTES", 1)  # row by row
+    monkeypatch.setattr(memory_moments, "_CHUNK_BYTES", 1)  # row by row
     f, t = texts(4, 30, 5, dtype)
     b = f.clone()
     acc = accumulate(f, t, block=b)

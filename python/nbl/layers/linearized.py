@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import nbl_kernels as nk
-from nbl_kernels.memory import remember
+from nbl_kernels.filters import remember
 
 from ..batches import Batch
 from ..upstream import Cache, GradientCheckpointingLayer, take_cache, take_over

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nbl_kernels.memory import Filters
+from nbl_kernels.filters import Filters
 
 __all__ = ["FORMAT_VERSION", "LayerSpec", "config_entry", "layer_specs", "linearized_layers"]
 

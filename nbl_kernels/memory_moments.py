@@ -37,7 +37,7 @@ from torch import Tensor
 
 from nbl_kernels.arrays import borrowed
 from nbl_kernels.covariance import Moments, check_dims, check_mask, check_tokens, symmetric
-from nbl_kernels.memory import Filters, filter_features
+from nbl_kernels.filters import Filters, filter_features
 
 _CHUNK_BYTES = 256 << 20  # float32 features of the sequences that are stacked at a time
 _END_ROWS = 64  # last states that there is room for from the beginning
