@@ -255,23 +255,20 @@ def bench(run: Run, file: str, end: float, compiled: bool) -> tuple[Stage, list[
     return stage(name, status, seconds, lines, detail), rows
 
 
-def decode(run: Run, end: float) -> tuple[Stage, dict | None]:
+def decode(run: Run, end: float) -> tuple[Stage, list[dict]]:
     """Tokens per second of the 8B shape, all paths ours, beside transformers and the ceiling."""
     file = run.folder / "decode.json"
-    command = [sys.executable, "benchmarks/decode.py", "--device=cuda", "--engines=eager,dense,nbl"]
-    command += ["--batch=1", "--context=128,4096", "--layers=12", "--repeats=5", f"--json={file}"]
+    command = [sys.executable, "benchmarks/decode.py", "--engines=eager,dense,nbl", "--batch=1"]
+    command += [f"--json={file}", "--repeats=5"]
+    if run.dry_run:
+        command += ["--device=cpu", "--shape=small", "--context=64", "--layers=2"]
+    else:
+        command += ["--device=cuda", "--context=128,4096", "--layers=12"]
     status, seconds, lines = run.process(
         "decode", command, run.left(end), NBL_CUDA_PATHS="all=kernel"
     )
-    if not file.exists():
-        return stage("decode", status or 1, seconds, lines, "no results"), None
-    cases = json.loads(file.read_text())["cases"]
-    said = [
-        f"{row['engine']} at {case['context']}: {row['tokens_per_second']:.0f} tokens/s"
-        for case in cases
-        for row in case["rows"]
-    ]
-    return stage("decode", status, seconds, lines, "; ".join(said)), {"cases": cases}
+    cases = json.loads(file.read_text())["cases"] if file.exists() else []
+    return stage("decode", status, seconds, lines, f"{len(cases)} contexts"), cases
 
 
 def json_lines(lines: list[str]) -> list[dict]:
@@ -424,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def collect(
     run: Run, arguments: argparse.Namespace
-) -> tuple[list[Stage], list[dict], dict[str, object], dict | None]:
+) -> tuple[list[Stage], list[dict], dict[str, object], list[dict]]:
     """Runs the stages; returns them, the rows, what the package says of itself, decode's cases."""
     stages: list[Stage] = []
 
@@ -434,11 +431,11 @@ def collect(
         return s
 
     if "build" in arguments.only and done(build(run, arguments.wheel)).status != "ok":
-        return stages, [], {}, None
+        return stages, [], {}, []
     info, failure = installed(run)
     if failure is not None:
         done(failure)
-        return stages, [], info, None
+        return stages, [], info, []
     checks = []
     if "tests" in arguments.only:
         checks += [(tests, area) for area in (DRY_AREAS if run.dry_run else AREAS)]
@@ -449,11 +446,11 @@ def collect(
         for future in [pool.submit(check, run, what) for check, what in checks]:
             done(future.result())
     rows: list[dict] = []
-    decoded = None
+    decoded: list[dict] = []
     end = BENCH_END_BEFORE_SWEEP if arguments.sweep else BENCH_END
     for name, share in BENCHMARKS.items():
         if name == "decode":
-            if "decode" in arguments.only and not run.dry_run:
+            if "decode" in arguments.only:
                 decoding, decoded = decode(run, share * end)
                 done(decoding)
         elif "bench" in arguments.only:

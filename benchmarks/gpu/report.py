@@ -220,6 +220,17 @@ def quantized_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def decode_table(cases: list[dict]) -> list[str]:
+    lines = ["| context | engine | tokens/s | of the ceiling |", "|---|---|---|---|"]
+    for case in cases:
+        for row in case["rows"]:
+            lines.append(
+                f"| {case['context']} | {row['engine']} | {row['tokens_per_second']:.1f} |"
+                f" {row['percent_of_ceiling']:.1f} % |"
+            )
+    return lines
+
+
 def sweep_table(sweep: list[dict]) -> list[str]:
     """Of every shape the tile of the table of sizes, which comes first, and the fastest."""
     shapes = defaultdict(list)
@@ -294,6 +305,9 @@ def markdown(report: dict) -> str:
             f" {r['best_pytorch']}, {r['best_pytorch_us']:.1f} µs{others} | {r['speedup']:.2f} |"
             f" {r['speedup_of_calls']:.2f} | {r['error']:.1e} | {theirs} |"
         )
+    if report["decode"]:
+        say("\n## Decode\n\nRandom weights, batch 1; the ceiling is that of the bytes.\n")
+        lines.extend(decode_table(report["decode"]))
     if report["sweep"]:
         say("\n## Sweep\n\nTiles of the skinny linear, weights out of L2, in a CUDA graph.\n")
         lines.extend(sweep_table(report["sweep"]))

@@ -51,7 +51,7 @@ def test_arguments_are_checked_by_name(tmp_path):
 
 def test_dry_run_writes_marked_files(tmp_path):
     done = run_report(
-        "--device", "cpu", "--only", "tests,sanitizer,bench", "--output", str(tmp_path)
+        "--device", "cpu", "--only", "tests,sanitizer,bench,decode", "--output", str(tmp_path)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     json_file, markdown_file = sorted(tmp_path.iterdir())
@@ -66,11 +66,17 @@ def test_dry_run_writes_marked_files(tmp_path):
         "memcheck": "ok",
         "racecheck": "ok",
         **{f"bench {file}": "ok" for file in FILES},
+        "decode": "ok",
     }
+    names = [stage["name"] for stage in result["stages"]]
+    assert names.index("bench linear") < names.index("decode") < names.index("bench covariance")
     benchmarks = {row["benchmark"] for row in result["rows"]}
     assert benchmarks == {*report.SWITCHES, "solve + bound"}
     assert all(row["us"] > 0 and row["error"] < 1e-2 for row in result["rows"])
+    engines = {row["engine"] for case in result["decode"] for row in case["rows"]}
+    assert {"ours dense", "ours NBL-2"} <= engines
     text = markdown_file.read_text()
+    assert "| 64 | ours NBL-2 |" in text
     assert text.startswith("# DRY RUN on a CPU: no result of any GPU")
     assert "| met |" not in text and "| missed |" not in text
     assert "DRY RUN, no GPU result" in done.stdout
@@ -78,25 +84,27 @@ def test_dry_run_writes_marked_files(tmp_path):
 
 def test_a_stage_out_of_time_does_not_stop_the_others(tmp_path):
     done = run_report(
-        "--device", "cpu", "--only", "sanitizer,bench", "--output", str(tmp_path),
+        "--device", "cpu", "--only", "sanitizer,bench,decode", "--output", str(tmp_path),
         "--minutes", "0.001",
     )  # fmt: skip
     assert done.returncode == 1
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     stages = {stage["name"]: stage["status"] for stage in result["stages"]}
     files = {f"bench {file}": "timeout" for file in FILES}
-    assert stages == {"memcheck": "timeout", "racecheck": "timeout", **files}
+    assert stages == {"memcheck": "timeout", "racecheck": "timeout", "decode": "timeout", **files}
     assert result["rows"] == []
 
 
 def test_a_broken_package_is_reported(tmp_path):
     broken = tmp_path / "broken.whl"
     broken.write_text("no wheel")
-    done = run_report("--device", "cpu", "--wheel", str(broken), "--output", str(tmp_path / "out"))
+    wheel = os.path.relpath(broken)  # pip runs in another folder
+    done = run_report("--device", "cpu", "--wheel", wheel, "--output", str(tmp_path / "out"))
     assert done.returncode == 1
     result = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     (stage,) = result["stages"]
     assert (stage["name"], stage["status"]) == ("build", "failed") and stage["log"]
+    assert not any("No such file" in line for line in stage["log"])
 
 
 def row(benchmark: str, shape: str, path: str, us: float, **changes) -> dict:
@@ -202,6 +210,7 @@ def test_report_shows_what_was_not_measured():
         "targets": report.targets(ROWS),
         "suggested_paths": report.suggested_paths(ROWS),
         "rows": ROWS,
+        "decode": [],
         "sweep": SWEEP,
     }
     text = report.markdown(result)

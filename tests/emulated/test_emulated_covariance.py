@@ -351,7 +351,12 @@ CHANGES = [  # header, what stands there once, what takes its place: fault(i) sa
     (GRAM, "sync_block();  // all have this", "if (!fault(2)) sync_block();  // all have this"),
     (GRAM, "const bool valid = t < end;", "const bool valid = t + fault(3) < end + fault(4);"),
     (GRAM, "in_cols = col < c.dim;", "in_cols = fault(5) || col < c.dim;"),
-    (GRAM, "if ((step + 1) % kRunSteps != 0 &&", "if ((fault(6) || (step + 1) % kRunSteps) &&"),
+    (
+        GRAM,
+        "    multiply_slab<T>(accumulators, stage, stage + kSlabBytes, first_row, first_col);\n",
+        "    multiply_slab<T>(accumulators, stage, stage + kSlabBytes, first_row, first_col);\n"
+        "    if (fault(6) && step + 1 != steps) continue;\n",
+    ),
     (GRAM, "= stages + step % kGramStages *", "= stages + step % (fault(7) ? 1 : kGramStages) *"),
     (STATS, STATS_BARRIER, f"if (!fault(8)) {STATS_BARRIER}"),
     (STATS, "if (nonzero[part]) p", "if (nonzero[part] && !fault(9)) p"),

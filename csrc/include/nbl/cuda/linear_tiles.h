@@ -97,7 +97,8 @@ struct LinearGeometry {
 };
 
 // The table of sizes. For bfloat16 without norm it is the best of a sweep on an H200
-// (benchmarks/gpu/sweep.cu; d = 2048, 4096, 8192); the rest follows it or is by calculation.
+// (benchmarks/results/gpu-nvidia-h200-2026-11-26T1934-sweep.jsonl; d = 2048, 4096, 8192); the rest
+// follows it or is by calculation.
 //
 // To keep the memory busy, bandwidth × latency must be in flight: at about 0.8 µs under load that
 // is 14 KiB per SM of an A100 (2.0 TB/s, 108 SMs), 20 of an H100 (3.35, 132), 28 of an H200 (4.8,
