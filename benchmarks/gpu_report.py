@@ -1,12 +1,12 @@
 """Builds, tests and times everything on a GPU, in one command that needs no network.
 
-    python benchmarks/gpu_report.py
+    python -m benchmarks.gpu_report
 
 1. build      this source tree (or --wheel) into a temporary folder
 2. tests      those of the operators and models, a process per area: a crash costs one area
    sanitizer  memcheck and racecheck of compute-sanitizer, on small shapes, meanwhile
 3. bench      pytest --benchmark --benchmark-device cuda, a process per file
-   decode     benchmarks/decode.py of the 8B shape, with all kernels
+   decode     benchmarks/studies/decode.py of the 8B shape, with all kernels
 4. a dated JSON and Markdown file in benchmarks/results, and a short table
 
 A stage that fails or runs out of time is recorded as such, and the next one runs all the same;
@@ -31,14 +31,18 @@ import time
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import torch
-from gpu import report
-from gpu.devices import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # as a file, `python benchmarks/gpu_report.py`
+    sys.path[0] = str(ROOT)
+
+from benchmarks import results  # noqa: E402
+from benchmarks.gpu import report  # noqa: E402
+from benchmarks.gpu.devices import DEVICES  # noqa: E402
+
 STAGES = ("build", "tests", "sanitizer", "bench", "decode")
 # One process each: what pytest is told beside the device.
 AREAS = {
@@ -213,7 +217,7 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer(run: Run, tool: str) -> Stage:
-    script = [sys.executable, "benchmarks/gpu/run_each_kernel.py"]
+    script = [sys.executable, "-m", "benchmarks.gpu.run_each_kernel"]
     if run.dry_run:
         command = [*script, "--device", "dry"]
     else:
@@ -244,7 +248,7 @@ def bench(run: Run, file: str, end: float, compiled: bool) -> tuple[Stage, list[
     command += [f"--benchmark-results={rows_file}"]
     if compiled and not run.dry_run:
         command.append("--benchmark-compile")
-    command.append(f"benchmarks/test_{file}.py")
+    command.append(f"benchmarks/micro/test_{file}.py")
     status, seconds, lines = run.process(name, command, run.left(end))
     text = rows_file.read_text(encoding="utf-8") if rows_file.exists() else ""
     rows = json_lines(text.splitlines())
@@ -258,7 +262,8 @@ def bench(run: Run, file: str, end: float, compiled: bool) -> tuple[Stage, list[
 def decode(run: Run, end: float) -> tuple[Stage, list[dict]]:
     """Tokens per second of the 8B shape, all paths ours, beside transformers and the ceiling."""
     file = run.folder / "decode.json"
-    command = [sys.executable, "benchmarks/decode.py", "--engines=eager,dense,nbl", "--batch=1"]
+    command = [sys.executable, "-m", "benchmarks.studies.decode"]
+    command += ["--engines=eager,dense,nbl", "--batch=1"]
     command += [f"--json={file}", "--repeats=5"]
     if run.dry_run:
         command += ["--device=cpu", "--shape=small", "--context=64", "--layers=2"]
@@ -299,22 +304,10 @@ def sweep(run: Run, compute_capability: str) -> tuple[Stage, list[dict]]:
 
 def tree(commit: str | None) -> str:
     """The commit, and whether the tree differs from it."""
-
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", str(ROOT), *args]
-        try:
-            out = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return out.stdout.strip()
-
     if commit:
         return f"commit {commit} (as told)"
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return "unknown commit"
-    changes = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
-    return f"commit {head}" + (" with local changes" if changes else "")
+    head, changed = results.tree()
+    return "unknown commit" if head is None else f"commit {head}{' with local changes' * changed}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -373,14 +366,12 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output
     if output is None:
         output = (
-            Path(tempfile.gettempdir()) / "nbl-gpu-report-dry-run"
-            if dry_run
-            else ROOT / "benchmarks" / "results"
+            Path(tempfile.gettempdir()) / "nbl-gpu-report-dry-run" if dry_run else results.FOLDER
         )
 
     with tempfile.TemporaryDirectory(prefix="nbl-gpu-report-") as folder:
         run = Run(Path(folder), arguments.minutes, dry_run)
-        date = datetime.now().astimezone().isoformat(timespec="seconds")
+        date = results.now()
         device = DEVICES["dry" if dry_run else "cuda"]()
         environment = device.environment()
         stages, rows, info, decoded = collect(run, arguments)
@@ -409,8 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     name = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
     stem = f"{'dry-run' if dry_run else 'gpu'}-{name}-{date[:16].replace(':', '')}"
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{stem}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    results.save(output / f"{stem}.json", result)
     (output / f"{stem}.md").write_text(report.markdown(result))
     for s in stages:
         if s.log:

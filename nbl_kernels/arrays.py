@@ -1,5 +1,7 @@
 """NumPy, CuPy and other DLPack arrays as arguments: borrowed as tensors, without a copy.
 
+A function with tensors in its signature takes them all by one decorator, :func:`takes_arrays`.
+
 What a function returns is what it was given: NumPy arrays in, NumPy arrays out; CuPy in, CuPy out;
 torch tensors for tensors and for any other library's arrays. The arrays of one call are of one
 kind. bfloat16 arrays are those of ``ml_dtypes`` (NumPy, and CuPy from 14 on).
@@ -12,12 +14,56 @@ copied.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes_arrays(*mutated: str) -> Callable[[Function], Function]:
+    """A decorator: whatever the signature annotates as a Tensor may be an array.
+
+    Arrays are borrowed, the function is called with tensors, and a tensor that it returns becomes
+    an array of the caller's kind. Where all tensors that must be given are tensors, the call goes
+    straight through: that is what a decode step pays for, a fraction of a microsecond.
+
+    `mutated`: arguments that are written to. Messages begin with the function's name, but for
+    methods, whose arguments stand alone.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        parameters = signature.parameters
+        prefix = "" if "self" in parameters else f"{function.__name__}: "
+        names = [name for name, p in parameters.items() if "Tensor" in str(p.annotation)]
+        required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
+        places = [(list(parameters).index(name), name) for name in required]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for place, name in places:
+                given = args[place] if place < len(args) else kwargs.get(name)
+                if not isinstance(given, Tensor):
+                    break
+            else:
+                return function(*args, **kwargs)
+            arguments = signature.bind(*args, **kwargs).arguments
+            must = {name: arguments[name] for name in required}
+            may = {name: arguments[name] for name in names if name in arguments.keys() - must}
+            written = tuple(name for name in mutated if arguments.get(name) is not None)
+            with borrowed(prefix, must, may, written) as (tensors, give_back):
+                result = function(**(arguments | tensors))
+                return give_back(result) if isinstance(result, Tensor) else result
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
 
 
 @contextmanager

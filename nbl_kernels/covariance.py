@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from nbl_kernels.arrays import borrowed
+from nbl_kernels.arrays import takes_arrays
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class CovarianceAccumulator:
         return int(self._count)
 
     @torch.no_grad()
+    @takes_arrays()
     def update(
         self,
         features: Tensor,
@@ -115,10 +116,6 @@ class CovarianceAccumulator:
             ValueError, TypeError: a shape or type does not fit; names the argument.
             RuntimeError: a counted token is not finite; names input, token and channel.
         """
-        if not isinstance(features, Tensor):
-            required = {"features": features, "targets": targets}
-            with borrowed("", required, {"block": block, "mask": mask}) as (tensors, _):
-                return self.update(**tensors)
         inputs = {"features": (features, self.feature_dim), "targets": (targets, self.target_dim)}
         rows = check_tokens(inputs, block, self.block_dim, self.device)
         check_mask("mask", mask, features.shape[:-1])

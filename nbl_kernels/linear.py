@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbl_kernels.arrays import borrowed
+from nbl_kernels.arrays import takes_arrays
 
 
+@takes_arrays()
 def residual_linear(
     x: Tensor,
     weight: Tensor,
@@ -58,12 +59,6 @@ def residual_linear(
     Equivalent to ``residual + F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     Source: NBL (arXiv 2505.21077), section 3: the layer becomes ``x + W f + b``.
     """
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
-        required = {"x": x, "weight": weight}
-        optional = {"bias": bias, "residual": residual, "norm_weight": norm_weight}
-        optional["weight_scale"] = weight_scale
-        with borrowed("residual_linear: ", required, optional) as (tensors, give_back):
-            return give_back(residual_linear(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.residual_linear
         if _needs_gradient(x, weight, bias, residual, norm_weight, weight_scale)
@@ -72,6 +67,7 @@ def residual_linear(
     return op(x, weight, bias, residual, norm_weight, norm_eps, weight_scale)
 
 
+@takes_arrays()
 def norm_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -90,13 +86,6 @@ def norm_linear(
 
     Equivalent to ``F.linear(F.rms_norm(x, (K,), norm_weight, norm_eps), weight, bias)``.
     """
-    if not (
-        isinstance(x, Tensor) and isinstance(norm_weight, Tensor) and isinstance(weight, Tensor)
-    ):
-        required = {"x": x, "norm_weight": norm_weight, "weight": weight}
-        optional = {"bias": bias, "weight_scale": weight_scale}
-        with borrowed("norm_linear: ", required, optional) as (tensors, give_back):
-            return give_back(norm_linear(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.norm_linear
         if _needs_gradient(x, norm_weight, weight, bias, weight_scale)
@@ -105,6 +94,7 @@ def norm_linear(
     return op(x, norm_weight, weight, bias, norm_eps, weight_scale)
 
 
+@takes_arrays()
 def norm_swiglu(
     x: Tensor,
     norm_weight: Tensor,
@@ -123,15 +113,6 @@ def norm_swiglu(
     Equivalent to ``gate, up = F.linear(F.rms_norm(x, …), gate_up_weight).chunk(2, -1)`` and
     ``F.silu(gate) * up``.
     """
-    if not (
-        isinstance(x, Tensor)
-        and isinstance(norm_weight, Tensor)
-        and isinstance(gate_up_weight, Tensor)
-    ):
-        required = {"x": x, "norm_weight": norm_weight, "gate_up_weight": gate_up_weight}
-        optional = {"weight_scale": weight_scale}
-        with borrowed("norm_swiglu: ", required, optional) as (tensors, give_back):
-            return give_back(norm_swiglu(**tensors, norm_eps=norm_eps))
     op = (
         torch.ops.nbl.norm_swiglu
         if _needs_gradient(x, norm_weight, gate_up_weight, weight_scale)

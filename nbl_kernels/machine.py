@@ -9,8 +9,9 @@ import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,20 @@ def seconds(call: Callable[[], object], device: str | torch.device = "cpu") -> f
     if on_gpu:
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+Name = TypeVar("Name", bound=Hashable)
+Figure = TypeVar("Figure")
+
+
+def in_turns(calls: Mapping[Name, Callable[[], Figure]], rounds: int) -> dict[Name, list[Figure]]:
+    """What the calls return, seconds say, in so many rounds of one call each: a machine that slows
+    down slows all of them, and figures of one round may be compared."""
+    found: dict[Name, list[Figure]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(call())
+    return found
 
 
 def _sum(block: Tensor) -> None:
@@ -60,10 +75,11 @@ def read_rates() -> dict[str, float]:
     """Bytes per second of every read loop over a block out of cache: medians, taken in turn."""
     block = torch.ones(BLOCK_BYTES // 4)
     use_huge_pages(block)  # the limit is what the machine can do
-    times: dict[str, list[float]] = {name: [] for name in READ_LOOPS}
-    for _ in range(11):
-        for name, read in READ_LOOPS.items():
-            times[name].append(seconds(lambda read=read: read(block)))
+    loops = {
+        name: functools.partial(seconds, functools.partial(read, block))
+        for name, read in READ_LOOPS.items()
+    }
+    times = in_turns(loops, 11)
     return {name: block.nbytes / statistics.median(t) for name, t in times.items()}
 
 

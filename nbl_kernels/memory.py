@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nbl_kernels.arrays import borrowed
+from nbl_kernels.arrays import takes_arrays
 from nbl_kernels.filters import Filters, remember
 from nbl_kernels.linear import _needs_gradient
 from nbl_kernels.quantization import check_scale, dequantize
@@ -142,6 +142,7 @@ def plain_scan(
     return total.to(x.dtype)
 
 
+@takes_arrays("state", "history")
 def memory_scan(
     x: Tensor,
     weight_v: Tensor,
@@ -198,22 +199,6 @@ def memory_scan(
 
     Source: the causal Wiener filter of reduced rank; derived in docs/memory.md.
     """
-    if not (isinstance(x, Tensor) and isinstance(weight_v, Tensor) and isinstance(state, Tensor)):
-        required = {"x": x, "weight_v": weight_v, "state": state}
-        optional = {
-            "weight_u": weight_u,
-            "bias": bias,
-            "residual": residual,
-            "mask": mask,
-            "starts": starts,
-            "history": history,
-            "norm_weight": norm_weight,
-            "weight_v_scale": weight_v_scale,
-            "weight_u_scale": weight_u_scale,
-        }
-        mutated = ("state",) if history is None else ("state", "history")
-        with borrowed("memory_scan: ", required, optional, mutated) as (tensors, give_back):
-            return give_back(memory_scan(**tensors, lags=lags, decays=decays, norm_eps=norm_eps))
     Filters(lags, decays)  # checks them
     arguments = (
         x,
@@ -243,6 +228,7 @@ def memory_scan(
     return plain_scan(*arguments)
 
 
+@takes_arrays("state")
 def memory_linear(
     x: Tensor,
     weight_v: Tensor,
@@ -264,19 +250,6 @@ def memory_linear(
     x (B, K), residual (B, N), reset (B,) bool, True: the sequence begins with this token; the other
     arguments are those of :func:`memory_scan`. Returns (B, N); ``state`` (B, S, r) is mutated.
     """
-    if not (isinstance(x, Tensor) and isinstance(weight_v, Tensor) and isinstance(state, Tensor)):
-        required = {"x": x, "weight_v": weight_v, "state": state}
-        optional = {
-            "weight_u": weight_u,
-            "bias": bias,
-            "residual": residual,
-            "reset": reset,
-            "norm_weight": norm_weight,
-            "weight_v_scale": weight_v_scale,
-            "weight_u_scale": weight_u_scale,
-        }
-        with borrowed("memory_linear: ", required, optional, ("state",)) as (tensors, give_back):
-            return give_back(memory_linear(**tensors, lags=lags, decays=decays, norm_eps=norm_eps))
     for name, t, shape in (
         ("x", x, ("B", "K")),
         ("residual", residual, ("B", "N")),

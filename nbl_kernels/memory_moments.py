@@ -35,7 +35,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nbl_kernels.arrays import borrowed
+from nbl_kernels.arrays import takes_arrays
 from nbl_kernels.covariance import Moments, check_dims, check_mask, check_tokens, symmetric
 from nbl_kernels.filters import Filters, filter_features
 
@@ -162,6 +162,7 @@ class MemoryAccumulator:
         return int(self._count)
 
     @torch.no_grad()
+    @takes_arrays()
     def update(
         self,
         features: Tensor,
@@ -187,11 +188,6 @@ class MemoryAccumulator:
             RuntimeError: a dtype does not fit, or a token that is there is not finite; names
                 input, token (of B·T) and channel.
         """
-        if not isinstance(features, Tensor):
-            required = {"features": features, "targets": targets}
-            optional = {"block": block, "mask": mask, "starts": starts}
-            with borrowed("", required, optional) as (tensors, _):
-                return self.update(**tensors)
         inputs = {"features": (features, self.feature_dim), "targets": (targets, self.target_dim)}
         if features.dim() != 3:
             raise ValueError(

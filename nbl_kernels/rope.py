@@ -16,9 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nbl_kernels.arrays import borrowed
+from nbl_kernels.arrays import takes_arrays
 
 
+@takes_arrays("key_cache", "value_cache")
 def rope_append(
     qkv: Tensor,
     cos: Tensor,
@@ -70,20 +71,6 @@ def rope_append(
 
     Everything that varies from step to step is in tensors, so that a CUDA graph can be replayed.
     """
-    if not (isinstance(qkv, Tensor) and isinstance(key_cache, Tensor)):
-        required = {
-            "qkv": qkv,
-            "cos": cos,
-            "sin": sin,
-            "positions": positions,
-            "slots": slots,
-            "key_cache": key_cache,
-            "value_cache": value_cache,
-        }
-        optional = {"q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight}
-        mutated = ("key_cache", "value_cache")
-        with borrowed("rope_append: ", required, optional, mutated) as (tensors, give_back):
-            return give_back(rope_append(**tensors, norm_eps=norm_eps))
     if torch.is_grad_enabled():
         for name, t in (("qkv", qkv), ("key_cache", key_cache), ("value_cache", value_cache)):
             if t.requires_grad:

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
-from gpu.devices import Cuda
 from torch import Tensor
+
+from benchmarks.gpu.devices import Cuda
 
 SECONDS_PER_REPETITION = 2e-3  # of a graph: enough for its launch not to matter
 MAX_CALLS = 256  # of a graph
@@ -71,7 +72,7 @@ class GpuRow:
 
 
 class GpuComparison:
-    """What `compare` is on a GPU; the arguments are those of conftest.Comparison."""
+    """What `compare` is on a GPU; the arguments are those of micro.comparison.Comparison."""
 
     def __init__(
         self, device: Cuda, add: Callable[[GpuRow | dict[str, str]], None], deadline: float

@@ -11,9 +11,9 @@ import argparse
 import sys
 
 import torch
-from devices import DEVICES
 
 import nbl_kernels as nk
+from benchmarks.gpu.devices import DEVICES
 
 EPS = 1e-6
 # (rows, K, N): one row and many, with and without vector loads, more than one block each way.

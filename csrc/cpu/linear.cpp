@@ -17,8 +17,8 @@ constexpr int64_t kBytesPerThread = 1 << 15;
 constexpr int64_t kElementsPerThread = 1 << 15;  // the same for a pass over activations
 
 // Rows of x up to which passes over the weight, kSkinnyRows at a time, beat a wide product, as
-// measured by benchmarks/test_linear.py: ATen's in float32 needs many rows. Narrower registers were
-// not measured.
+// measured by benchmarks/micro/test_linear.py: ATen's in float32 needs many rows. Narrower
+// registers were not measured.
 int64_t most_skinny_rows(const CpuKernels& isa, DType dtype) {
   const bool avx512 = std::string(isa.name).rfind("avx512", 0) == 0;
   return avx512 && dtype == DType::kFloat32 ? 4 * kSkinnyRows : kSkinnyRows;

@@ -166,15 +166,15 @@ class Ours:
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         self.name = name
         self.model = model
-        self._runner: Runner | None = None
+        self.runner: Runner | None = None
 
     def prefill(self, prompts: Tensor, room: int) -> tuple[float, list[int]]:
         sizes = (prompts.shape[0], prompts.shape[1] + room)
-        runner = self._runner
+        runner = self.runner
         if runner is None or (runner.max_batch_size, runner.max_length) != sizes:
             self.close()
             on_gpu = self.model.device.type == "cuda"
-            self._runner = runner = Runner(self.model, *sizes, cuda_graphs=on_gpu)
+            self.runner = runner = Runner(self.model, *sizes, cuda_graphs=on_gpu)
         first: list[int] = []
 
         def run() -> None:
@@ -191,7 +191,7 @@ class Ours:
         return machine.seconds(run, self.model.device)
 
     def close(self) -> None:
-        self._runner = self._stream = None
+        self.runner = self._stream = None
 
 
 def our_engines(

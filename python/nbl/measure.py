@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+from nbl_kernels.machine import in_turns
 
 from .calibration import CRITERIA
 from .layers.spec import linearized_layers
@@ -115,27 +118,30 @@ def compare_speed(
     variant. Variants take turns, so that a machine that slows down slows all of them; one round
     warms up, and the medians of `repetitions` more are returned.
     """
-    seen = [([], []) for _ in variants]
     prompt = prompt.to(model.device)
-    for repetition in range(repetitions + 1):
-        for as_variant, (prefill, decode) in zip(variants, seen, strict=True):
-            with as_variant(), torch.inference_mode():
-                watch = Stopwatch()
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=False,
-                    max_new_tokens=new_tokens,
-                    min_new_tokens=new_tokens,
-                    streamer=watch,
-                    pad_token_id=0,
-                )
-            if repetition:
-                prefill.append(prompt.shape[1] / watch.prefill)
-                decode.append(1 / watch.decode)
+
+    def generate(as_variant: Callable) -> Stopwatch:
+        with as_variant(), torch.inference_mode():
+            watch = Stopwatch()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                streamer=watch,
+                pad_token_id=0,
+            )
+        return watch
+
+    calls = {i: functools.partial(generate, variant) for i, variant in enumerate(variants)}
+    seen = in_turns(calls, 1 + repetitions)
     return [
-        {"prefill": statistics.median(prefill), "decode": statistics.median(decode)}
-        for prefill, decode in seen
+        {
+            "prefill": statistics.median(prompt.shape[1] / watch.prefill for watch in watches[1:]),
+            "decode": statistics.median(1 / watch.decode for watch in watches[1:]),
+        }
+        for watches in seen.values()
     ]
 
 

@@ -1,5 +1,6 @@
 """`nbl bench` and what it counts; who takes turns when; peers in processes of their own."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PEERS = BENCHMARKS / "studies" / "peers"
 QUICK = ("--context", 16, "--repetitions", 2, "--steps", 2)
 OURS = ["ours dense", "ours NBL-3"]
 
@@ -253,9 +255,9 @@ serve(lambda: (Engine(), {"fake": "1.0"}))
 def engines(monkeypatch):
     if not BENCHMARKS.is_dir():
         pytest.skip("the installed package has no benchmarks")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS / "peers"), prepend=os.pathsep)
-    return pytest.importorskip("engines")
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    monkeypatch.setenv("PYTHONPATH", str(PEERS), prepend=os.pathsep)
+    return importlib.import_module("benchmarks.studies.engines")
 
 
 def test_a_peer_answers_from_its_own_process(engines, tmp_path):
@@ -279,8 +281,9 @@ def test_the_benchmarks_run_without_peers(engines, tmp_path, kind):
     out = tmp_path / "out.json"
     options = "--shape small --context 16 --layers 2 --repeats 1 --threads 1 --steps 1"
     chosen = "--engines eager,llama.cpp,vllm,dense,nbl --vllm-python /nowhere/python"
-    command = [sys.executable, BENCHMARKS / f"{kind}.py", *options.split(), *chosen.split()]
-    done = subprocess.run([*command, "--json", out], capture_output=True, text=True)
+    command = [sys.executable, "-m", f"benchmarks.studies.{kind}", *options.split()]
+    command += [*chosen.split(), "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     (case,) = record["cases"]
@@ -296,7 +299,7 @@ def test_gguf_holds_the_same_weights(engines, tmp_path):
 
     model = engines.random_model("small", "cpu")
     model.save_pretrained(tmp_path)
-    writer = [sys.executable, BENCHMARKS / "peers" / "write_gguf.py", tmp_path, tmp_path / "m.gguf"]
+    writer = [sys.executable, PEERS / "write_gguf.py", tmp_path, tmp_path / "m.gguf"]
     subprocess.run(writer, check=True)
     written = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert len(written) == len(list(model.parameters()))

@@ -16,10 +16,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("runs from the source folder only", allow_module_level=True)
 
-sys.path.insert(0, str(BENCHMARKS))
-from gpu import report  # noqa: E402
+sys.path.insert(0, str(BENCHMARKS.parent))
+from benchmarks.gpu import report  # noqa: E402
 
-sys.path.remove(str(BENCHMARKS))
+sys.path.remove(str(BENCHMARKS.parent))
 
 
 def run_report(*arguments: str) -> subprocess.CompletedProcess:

@@ -5,32 +5,31 @@ layers linearized. The decode times are of random weights, in layers of Llama-3.
 of cache. All models take turns in one run; a ratio compares two times of the same turn. What the
 bytes predict: the bf16 model's bytes per step (weights, keys and values) over the model's own.
 
-    python benchmarks/quantization.py
-    python benchmarks/quantization.py --calibration-tokens 16384 --layers 2 --repeats 3 --json none
+    python -m benchmarks.studies.quantization
+    python -m benchmarks.studies.quantization --calibration-tokens 16384 --layers 2 --json none
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import functools
 import statistics
-import time
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import machine
 import nbl
 import nbl.demo
 import torch
 import transformers
+from nbl import benchmark
 from nbl.models import LayerSpec
-from random_model import SHAPE, random_model
 
+from benchmarks import results
+from benchmarks.studies.random_model import SHAPE, random_model
+from nbl_kernels import machine
 from nbl_kernels.quantization import FORMATS
 
-RESULT = Path(__file__).parent / "results" / "quantization.json"
+RESULT = results.FOLDER / "quantization.json"
 CONTEXT = 128
 
 
@@ -66,36 +65,27 @@ def perplexities(calibration_tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def step_seconds(runner: nbl.Runner, prompt: torch.Tensor, steps: int) -> float:
-    """Seconds per new token, the prompt and the first one done."""
-    stream = runner.stream(prompt, steps + 1)
-    next(stream)
-    start = time.perf_counter()
-    for _ in stream:
-        pass
-    return (time.perf_counter() - start) / steps
-
-
 def decode_speeds(layers: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    runners: dict[tuple[str, str], nbl.Runner] = {}
+    engines: dict[tuple[str, str], benchmark.Ours] = {}
     for linearized in (0, layers // 2):
         model = random_model(layers, linearized, LayerSpec("linear", bias=True))
         for weights in (None, *FORMATS):
             own = nbl.optimize(copy.deepcopy(model), weights=weights)
             name = f"NBL-{linearized}" if linearized else "dense"
-            runners[name, weights or "bf16"] = nbl.Runner(own, 1, CONTEXT + steps + 1)
+            engines[name, weights or "bf16"] = benchmark.Ours(own, name)
     prompt = torch.randint(SHAPE["vocab_size"], (1, CONTEXT - steps // 2))  # CONTEXT on average
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
-    for runner in runners.values():
-        step_seconds(runner, prompt, 2)
-    for _ in range(repeats):
-        for key, runner in runners.items():
-            times[key].append(step_seconds(runner, prompt, steps))
+
+    def step_seconds(engine: benchmark.Ours) -> float:
+        engine.prefill(prompt, steps + 1)
+        return engine.decode(steps) / steps
+
+    calls = {key: functools.partial(step_seconds, engine) for key, engine in engines.items()}
+    machine.in_turns(calls, 1)  # to warm up
+    times = machine.in_turns(calls, repeats)
     rows = []
-    for (name, weights), runner in runners.items():
-        kv = runner.kv_cache_bytes // runner.max_length * CONTEXT
-        read = nbl.weight_bytes(runner.model) + kv
+    for (name, weights), engine in engines.items():
+        read = benchmark.decode_bytes(engine.model, 1, CONTEXT)
         base = rows[-1]["base_bytes"] if weights != "bf16" else read
         ratios = [b / t for b, t in zip(times[name, "bf16"], times[name, weights], strict=True)]
         seconds = statistics.median(times[name, weights])
@@ -148,8 +138,7 @@ def main() -> None:
             f"{row['speedup_predicted']:>9.2f} {row['speedup']:.2f} ({low:.2f} to {high:.2f})"
         )
     record = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "environment": machine.environment() | {"transformers": transformers.__version__},
+        **results.stamp(),
         "calibration_tokens": options.calibration_tokens,
         "perplexity": quality,
         "shape": SHAPE | {"num_hidden_layers": options.layers, "context": CONTEXT},
@@ -157,8 +146,7 @@ def main() -> None:
         "steps": options.steps,
         "decode": speed,
     }
-    if options.json != "none":
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    results.save(options.json, record)
 
 
 if __name__ == "__main__":

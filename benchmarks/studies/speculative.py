@@ -6,48 +6,47 @@ and drafted take turns, prompt by prompt; a ratio compares two times of the same
 tokens must be equal. A draft keeps the MLPs and the head: its pass is not much cheaper than the
 model's own unless attention to a long KV cache is what costs.
 
-    python benchmarks/speculative.py
-    python benchmarks/speculative.py --calibration-tokens 16384 --prompts 2 --json none
+    python -m benchmarks.studies.speculative
+    python -m benchmarks.studies.speculative --calibration-tokens 16384 --prompts 2 --json none
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import machine
 import nbl
 import nbl.demo
 import torch
 import transformers
 from torch import Tensor
 
-RESULT = Path(__file__).parent / "results" / "speculative.json"
+from benchmarks import results
+from nbl_kernels import machine
+
+RESULT = results.FOLDER / "speculative.json"
 PROMPT_TOKENS = 64
-
-
-def timed(call: Callable[[], Tensor]) -> tuple[float, list[int]]:
-    start = time.perf_counter()
-    tokens = call()
-    return time.perf_counter() - start, tokens.tolist()
 
 
 def compare(prompts: Tensor, alone: Callable, drafted: Callable, note: Callable) -> dict[str, Any]:
     """Speed-up of `drafted` over `alone`, prompt by prompt; `note` is called after each draft."""
     ratios = []
     for prompt in prompts.split(1):
+        tokens: list[Tensor] = []
+        generate = {"alone": alone, "drafted": drafted}
+        calls = {
+            name: lambda call=call, p=prompt, tokens=tokens: machine.seconds(
+                lambda: tokens.append(call(p))
+            )
+            for name, call in generate.items()
+        }
         drafted(prompt[:, :8]), alone(prompt[:, :8])  # warm
-        plain_seconds, plain = timed(lambda p=prompt: alone(p))
-        seconds, tokens = timed(lambda p=prompt: drafted(p))
-        assert tokens == plain, "drafting changed the greedy tokens"
+        times = machine.in_turns(calls, 1)
+        assert torch.equal(*tokens), "drafting changed the greedy tokens"
         note()
-        ratios.append(plain_seconds / seconds)
+        ratios.append(times["alone"][0] / times["drafted"][0])
     return {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
 
 
@@ -125,14 +124,12 @@ def main() -> None:
             f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"
         )
     record = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "environment": machine.environment() | {"transformers": transformers.__version__},
+        **results.stamp(),
         "prompts": options.prompts,
         "tokens": options.tokens,
         "rows": rows,
     }
-    if options.json != "none":
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    results.save(options.json, record)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,17 @@ recall: pairs of a key and a value, then keys of these pairs, drawn at random: w
     remembers. Knowing the values that occurred, but not which one belongs to the key: 1 / pairs.
 previous: which token stood before this one? One layer. Chance: 1 / tokens.
 
-    python benchmarks/retrieval.py                    # about two minutes
-    python benchmarks/retrieval.py --steps 50 --json none
+    python -m benchmarks.studies.retrieval                    # about two minutes
+    python -m benchmarks.studies.retrieval --steps 50 --json none
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import machine
 import nbl
 import torch
 import transformers
@@ -31,7 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-RESULT = Path(__file__).parent / "results" / "retrieval.json"
+from benchmarks import results
+
+RESULT = results.FOLDER / "retrieval.json"
 PAIRS, QUERIES, KEYS, VALUES = 8, 16, 16, 16
 TOKENS, LENGTH = 32, 32  # of the control
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
@@ -144,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    machine.environment()
+    results.environment()
 
     tasks = {}
     for name, task, layers, vocabulary, chance, choices in (
@@ -161,8 +159,7 @@ def main() -> None:
             "rows": found,
         }
     record = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "environment": machine.environment() | {"transformers": transformers.__version__},
+        **results.stamp(),
         "model": SIZES,
         "pairs": PAIRS,
         "queries": QUERIES,
@@ -177,8 +174,7 @@ def main() -> None:
         "test_sequences": 2048,
         "tasks": tasks,
     }
-    if options.json != "none":
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    results.save(options.json, record)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import machine
 import nbl
 import torch
 import transformers
@@ -42,6 +40,8 @@ from nbl_cli.cases import table
 from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import results
 
 SHAPES = {
     "llama-3.2-1b": {
@@ -82,7 +82,6 @@ DEFAULTS = {  # per kind and device: batches, contexts, layers
     ("decode", "cuda"): ([1, 8, 32], [128, 4096, 16_384], [8, 12, 16]),
     ("prefill", "cuda"): ([1], [2048, 8192, 32_768], [8, 12, 16]),
 }
-RESULTS = Path(__file__).parent / "results"
 PEERS = Path(__file__).parent / "peers"
 
 
@@ -118,7 +117,7 @@ def arguments(kind: str, description: str, repetitions: int) -> argparse.Namespa
     options.context = options.context or contexts
     options.layers = options.layers or layers
     options.shape = options.shape or ("llama-3.1-8b" if on_gpu else "llama-3.2-1b")
-    options.json = options.json or str(RESULTS / f"{kind}{'_cuda' * on_gpu}.json")
+    options.json = options.json or str(results.FOLDER / f"{kind}{'_cuda' * on_gpu}.json")
     return options
 
 
@@ -171,26 +170,21 @@ def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                 cases.append(case)
                 out.print(table(case))
         record = {
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "environment": machine.environment()
-            | {
-                "threads": torch.get_num_threads(),
-                "transformers": transformers.__version__,
-                "nbl": nbl.__version__,
-                "load_average_before": load,
-                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-            },
+            **results.stamp(
+                threads=torch.get_num_threads(),
+                nbl=nbl.__version__,
+                load_average_before=load,
+                gpu=torch.cuda.get_device_name() if options.device == "cuda" else None,
+            ),
             "peers": {peer.name: peer.settings for peer in peers},
             "shape": {"name": options.shape, **SHAPES[options.shape], "dtype": "bfloat16"},
             "weights": options.weights,
             "maps": benchmark.RANDOM_MAPS,
             "cases": cases,
         }
+    results.save(options.json, record)
     if options.json != "none":
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        say(f"written to {path}")
+        say(f"written to {options.json}")
     return record
 
 
@@ -284,7 +278,7 @@ def _peers(
         flag = f"--{name.replace('.', '-')}-python"
         if not python or not shutil.which(python):
             why = f"{python!r} is no program" if python else f"no {flag} given"
-            absent[name] = f"{why}: see benchmarks/engines.py for how to install it"
+            absent[name] = f"{why}: see benchmarks/studies/engines.py for how to install it"
             del wanted[name]
     if not wanted:
         return [], absent

@@ -7,40 +7,41 @@ the layers also by the measured loss. The sequential maps, each fitted on what t
 take half a minute to a minute per point and are measured for m = 2, 4, 6 unless --all. Where other
 programs share the cores, --threads 1 is much faster than 2; perplexities do not depend on it.
 
-    python benchmarks/memory.py                 # perplexity and bytes: the JSON and the plot
-    python benchmarks/memory.py --refit         # also sequential maps with refitted MLPs
-    python benchmarks/memory.py --speed         # decode and prefill, added to the same JSON
-    python benchmarks/memory.py --demo-speed    # those of the shipped model, added as well
-    python benchmarks/memory.py --recipe        # the paper's features and ranking, added as well
-    python benchmarks/memory.py --plot-only     # draws the JSON again
-    python benchmarks/memory.py --calibration-tokens 16384 --test-tokens 4096 --json none
+    python -m benchmarks.studies.memory               # perplexity and bytes: the JSON and the plot
+    python -m benchmarks.studies.memory --refit       # also sequential maps with refitted MLPs
+    python -m benchmarks.studies.memory --speed       # decode and prefill, added to the same JSON
+    python -m benchmarks.studies.memory --demo-speed  # those of the shipped model, added as well
+    python -m benchmarks.studies.memory --recipe      # the paper's features and ranking
+    python -m benchmarks.studies.memory --plot-only   # draws the JSON again
+    python -m benchmarks.studies.memory --calibration-tokens 16384 --test-tokens 4096 --json none
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import functools
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import machine
 import nbl
 import nbl.demo
 import torch
 import transformers
+from nbl import benchmark
 from nbl.models import LayerSpec
 from nbl.upstream import output_cache
-from random_model import SHAPE, random_model
 from transformers import PreTrainedModel
 
-RESULT = Path(__file__).parent / "results" / "memory.json"
+from benchmarks import results
+from benchmarks.studies.random_model import SHAPE, random_model
+from nbl_kernels import machine
+
+RESULT = results.FOLDER / "memory.json"
 MEMORY = nbl.Memory(lags=(1,), decays=(0.6, 0.95))
 GRID = nbl.Memory(lags=(1,), decays=(0.5, 0.6, 0.8, 0.9, 0.95, 0.98), choose=2)
 TARGET = 0.5  # of the paper's excess log-loss, at no more weights
@@ -185,17 +186,20 @@ def sequential(
     name = "sequential " + ("NBL" if memory is None else "memory, rank d/8")
     order = demo.order(memory, rank, "residual")
     found = {}
-    start = time.perf_counter()
-    for count in counts:
-        options = {"sequential": True, "refit_mlp": refit_mlp}
-        found[count] = demo.maps(memory, rank, order[:count], **options)
+
+    def measure() -> None:
+        for count in counts:
+            options = {"sequential": True, "refit_mlp": refit_mlp}
+            found[count] = demo.maps(memory, rank, order[:count], **options)
+
+    taken = machine.seconds(measure)
     row = {
         "name": name + (", MLPs refitted" if refit_mlp else ""),
         "refit_mlp": refit_mlp,
         "rank": rank,
         "order": order,
         "perplexity": found,
-        "seconds_per_point": (time.perf_counter() - start) / len(counts),
+        "seconds_per_point": taken / len(counts),
     }
     values = "  ".join(f"m={n}: {value:.2f}" for n, value in found.items())
     print(f"  {row['name']:<40} {values}", flush=True)
@@ -348,22 +352,11 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
 # --- speed ---------------------------------------------------------------------------------------
 
 
-def seconds(runner: nbl.Runner, prompt: torch.Tensor, steps: int) -> tuple[float, float]:
-    """Of the prompt with the first new token, and per new token after it."""
-    start = time.perf_counter()
-    stream = runner.stream(prompt, steps + 1)
-    next(stream)
-    first = time.perf_counter()
-    for _ in stream:
-        pass
-    return first - start, (time.perf_counter() - first) / steps
-
-
 def speeds(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     layers, steps, length = options.layers, options.steps, options.prompt
     count = 3 * layers // 4
-    runners = {}
+    models = {}
     one_token = LayerSpec("linear", bias=True)
     rank, filters = SHAPE["hidden_size"] // 8, {"lags": MEMORY.lags, "decays": MEMORY.decays}
     for name, replaced, spec in (
@@ -371,15 +364,14 @@ def speeds(options: argparse.Namespace) -> dict[str, Any]:
         (f"NBL-{count}", count, one_token),
         (f"memory-{count}", count, LayerSpec("linear", bias=True, rank=rank, **filters)),
     ):
-        model = random_model(layers, replaced, spec)
-        runners[name] = nbl.Runner(model, 1, length + steps + 1)
+        models[name] = random_model(layers, replaced, spec)
     prompt = torch.randint(SHAPE["vocab_size"], (1, length))
     return {
         "shape": SHAPE | {"num_hidden_layers": layers},
         "dtype": "bfloat16",
         "weights": "random, and so are the maps",
         "rank": rank,
-        **in_turns(runners, prompt, steps, options.repeats),
+        **compared(models, prompt, steps, options.repeats),
     }
 
 
@@ -388,36 +380,39 @@ def demo_speeds(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = nbl.demo.load()
     text = nbl.demo.token_batches(tokenizer, "calibration", length=512, batch_size=8)[:2]
     count, rank = 3 * model.config.num_hidden_layers // 4, model.config.hidden_size // 8
-    prompt, runners = text[0][:1, :256], {}
+    prompt, models = text[0][:1, :256], {}
     for name, own in (("dense", {}), (f"NBL-{count}", {}), (f"memory-{count}", {"rank": rank})):
         variant = copy.deepcopy(model)
         if name != "dense":
             cal = nbl.calibrate(variant, text, memory=MEMORY if own else None, progress=False)
             nbl.linearize(variant, cal, range(count), **own)
-        runners[name] = nbl.Runner(variant, 1, 512)
-    found = in_turns(runners, prompt, 128, options.repeats)
+        models[name] = variant
+    found = compared(models, prompt, 128, options.repeats)
     return {"model": "demo", "dtype": "float32", "rank": rank, **found}
 
 
-def in_turns(
-    runners: dict[str, nbl.Runner], prompt: torch.Tensor, steps: int, repeats: int
+def compared(
+    models: dict[str, PreTrainedModel], prompt: torch.Tensor, steps: int, repeats: int
 ) -> dict[str, Any]:
     """Prefill and decode of each, compared with dense and with one-token maps round by round."""
-    nbl_name = next(name for name in runners if name.startswith("NBL"))
+    nbl_name = next(name for name in models if name.startswith("NBL"))
     length = prompt.shape[1]
-    for runner in runners.values():
-        seconds(runner, prompt[:, :32], 2)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    for _ in range(repeats):  # a round: one of each, so that all see the same machine
-        for name, runner in runners.items():
-            times[name].append(seconds(runner, prompt, steps))
+    engines = {name: benchmark.Ours(model, name) for name, model in models.items()}
+
+    def seconds(engine: benchmark.Ours) -> tuple[float, float]:
+        """Of the prompt with the first new token, and per new token after it."""
+        return engine.prefill(prompt, steps + 1)[0], engine.decode(steps) / steps
+
+    calls = {name: functools.partial(seconds, engine) for name, engine in engines.items()}
+    machine.in_turns(calls, 1)  # to warm up
+    times = machine.in_turns(calls, repeats)
     rows = []
-    for name, runner in runners.items():
+    for name, engine in engines.items():
         row = {
             "model": name,
-            "weight_bytes": nbl.weight_bytes(runner.model),
-            "kv_cache_bytes": runner.kv_cache_bytes,
-            "state_bytes": runner.state_bytes,
+            "weight_bytes": nbl.weight_bytes(engine.model),
+            "kv_cache_bytes": engine.runner.kv_cache_bytes,
+            "state_bytes": engine.runner.state_bytes,
         }
         for what, place, tokens in (("prefill", 0, length), ("decode", 1, 1)):
             own = [t[place] for t in times[name]]
@@ -547,24 +542,20 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*tokens are few.*")
 
-    machine.environment()
-    path = None if options.json == "none" else Path(options.json)
-    old = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    results.environment()  # that of the start
+    path = Path(options.json)
+    old = results.read(path)
 
     def save(found: dict[str, Any]) -> None:
-        stamp = {  # the environment is that of the start
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "environment": machine.environment() | {"transformers": transformers.__version__},
-        }
+        stamp = results.stamp()
         part = next((p for p in PARTS if getattr(options, p)), None)
         if part:
             record = old | {part: stamp | found}
         else:
             record = stamp | found | {k: old[k] for k in PARTS if k in old}
-        if path:
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            if "curves" in record:
-                plot(record, path.with_suffix(".png"))
+        results.save(path, record)
+        if "curves" in record and options.json != "none":
+            plot(record, path.with_suffix(".png"))
 
     if options.plot_only:
         plot(old, path.with_suffix(".png"))

@@ -1,0 +1,1 @@
+"""`pytest --benchmark`: every kernel beside PyTorch and the limits of the machine."""

@@ -1,0 +1,1 @@
+"""Whole models: `python -m benchmarks.studies.NAME`; each writes results/NAME.json."""
