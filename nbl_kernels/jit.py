@@ -7,18 +7,16 @@ most 16 rows, with the kernels of ``csrc/include/nbl/cuda/skinny_linear.cuh``. C
 the kernel and which grid come from the same C++ functions that the compiled extension asks.
 
 :func:`compile` needs neither CuPy nor a GPU: it returns the machine code of kernels for an
-architecture, by way of the NVRTC library that CUDA builds of torch bring along.
+architecture, by way of NVRTC and its bindings (cuda.bindings), which CUDA builds of torch bring
+along.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,91 +52,46 @@ def compile(header: str, kernels: Sequence[str] = (), *, arch: str = "sm_80") ->
         arch: ``"sm_80"``, ``"sm_90a"``, …
 
     Raises:
-        ImportError: no NVRTC library; says where it was looked for.
+        ImportError: no NVRTC library, or no cuda.bindings.
         RuntimeError: the kernels do not compile; with NVRTC's messages.
     """
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise ImportError(f"pip install cuda-bindings nvidia-cuda-nvrtc ({error})") from error
+
+    def call(name: str, *arguments: Any) -> Any:
+        result, *found = getattr(nvrtc, f"nvrtc{name}")(*arguments)
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"nvrtc{name}: {result.name}")
+        return found[0] if found else None
+
+    def content(what: str) -> bytes:
+        buffer = b" " * call(f"Get{what}Size", program)
+        call(f"Get{what}", program, buffer)
+        return buffer
+
     options = [*_OPTIONS, _DEVICE_ONLY, f"-I{include_dir()}", f"--gpu-architecture={arch}"]
-    return _nvrtc().compile(_including(header), kernels, options)
+    try:
+        program = call("CreateProgram", _including(header).encode(), b"nbl.cu", 0, [], [])
+    except RuntimeError as error:  # cuda.bindings looks for the library when it is first called
+        raise ImportError(f"pip install nvidia-cuda-nvrtc, or a CUDA toolkit ({error})") from error
+    try:
+        for kernel in kernels:
+            call("AddNameExpression", program, kernel.encode())
+        try:
+            call("CompileProgram", program, len(options), [option.encode() for option in options])
+        except RuntimeError as error:
+            log = content("ProgramLog").rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"{error}\n{log}") from None
+        names = {k: call("GetLoweredName", program, k.encode()).decode() for k in kernels}
+        return Compiled(content("CUBIN"), names)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
 
 
 def _including(header: str) -> str:
     return f'#include "{header}"\n'
-
-
-class _Nvrtc:
-    """The few functions of NVRTC that compile() calls."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
-
-    def compile(self, source: str, kernels: Sequence[str], options: Sequence[str]) -> Compiled:
-        program = ctypes.c_void_p()
-        self._call(
-            "CreateProgram", ctypes.byref(program), source.encode(), b"nbl.cu", 0, None, None
-        )
-        try:
-            for kernel in kernels:
-                self._call("AddNameExpression", program, kernel.encode())
-            encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-            try:
-                self._call("CompileProgram", program, len(options), encoded)
-            except RuntimeError as error:
-                log = self._bytes("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
-                raise RuntimeError(f"{error}\n{log}") from None
-            return Compiled(
-                self._bytes("CUBIN", program), {k: self._lowered(program, k) for k in kernels}
-            )
-        finally:
-            self._library.nvrtcDestroyProgram(ctypes.byref(program))
-
-    def _lowered(self, program: ctypes.c_void_p, kernel: str) -> str:
-        name = ctypes.c_char_p()
-        self._call("GetLoweredName", program, kernel.encode(), ctypes.byref(name))
-        return name.value.decode()
-
-    def _bytes(self, what: str, program: ctypes.c_void_p) -> bytes:
-        size = ctypes.c_size_t()
-        self._call(f"Get{what}Size", program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        self._call(f"Get{what}", program, buffer)
-        return buffer.raw
-
-    def _call(self, name: str, *arguments: object) -> None:
-        result = getattr(self._library, f"nvrtc{name}")(*arguments)
-        if result != 0:
-            reason = self._library.nvrtcGetErrorString(result).decode()
-            raise RuntimeError(f"nvrtc{name}: {reason}")
-
-
-@functools.cache
-def _nvrtc() -> _Nvrtc:
-    tried = []
-    for path in _nvrtc_paths():
-        try:
-            return _Nvrtc(ctypes.CDLL(path))
-        except OSError as error:
-            tried.append(f"{path}: {error}")
-    raise ImportError(
-        "no NVRTC library: `pip install nvidia-cuda-nvrtc`, or set CUDA_HOME to a CUDA toolkit. "
-        "Tried:\n" + "\n".join(tried)
-    )
-
-
-def _nvrtc_paths() -> Iterator[str]:
-    """pip's packages, a toolkit, the system's."""
-    try:
-        import nvidia
-
-        folders = [folder for root in nvidia.__path__ for folder in Path(root).glob("*/lib")]
-    except ImportError:
-        folders = []
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if variable in os.environ:
-            folders += Path(os.environ[variable]).glob("lib*")
-    for folder in folders:
-        yield from sorted(map(str, folder.glob("libnvrtc.so*")), reverse=True)
-    yield from ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
 # ---- The skinny linears on CuPy arrays -----------------------------------------------------------

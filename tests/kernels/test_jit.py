@@ -18,10 +18,10 @@ import nbl_kernels as nk
 from nbl_kernels import _C, jit
 
 try:
-    jit._nvrtc()
+    jit.compile("nbl/dtypes.h")
     no_nvrtc = ""
 except ImportError as error:
-    no_nvrtc = str(error).partition("\n")[0]
+    no_nvrtc = str(error)
 needs_nvrtc = pytest.mark.skipif(bool(no_nvrtc), reason=no_nvrtc)
 
 try:
@@ -88,7 +88,7 @@ def test_messages_of_the_compiler_are_passed_on():
         jit.compile("nbl/cuda/row_ops.cuh", ["nbl::no_such_kernel<float>"])
     with pytest.raises(RuntimeError, match=r"no_such_header\.cuh"):
         jit.compile("nbl/cuda/no_such_header.cuh")
-    with pytest.raises(RuntimeError, match="gpu-architecture"):
+    with pytest.raises(RuntimeError, match="gpu-architecture|INVALID_OPTION"):
         jit.compile("nbl/cuda/row_ops.cuh", arch="sm_1")
 
 
