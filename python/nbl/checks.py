@@ -8,16 +8,20 @@ from operator import index
 import torch
 from transformers import PreTrainedModel
 
+from .layers.fused import check_plain
 from .layers.quantized import quantized_linears
+from .layers.spec import linearized_layers
 from .models import family_of
 
 __all__ = [
     "DRAFT_ORDER",
+    "check_attention",
     "check_dtype",
     "check_layers",
     "check_model",
     "check_no_draft",
     "check_one_device",
+    "check_sequential",
     "has_lost_weights",
 ]
 
@@ -52,6 +56,13 @@ def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> list[int]:
     if len(set(ids)) < len(ids):
         raise ValueError(f"layers: an id occurs twice in {ids}")
     return ids
+
+
+def check_attention(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """ValueError for layers that are linearized already."""
+    gone = sorted(set(layers) & set(linearized_layers(model)))
+    if gone:
+        raise ValueError(f"layers {gone} have no attention: linearized")
 
 
 def check_dtype(model: PreTrainedModel) -> None:
@@ -90,3 +101,12 @@ def check_one_device(model: PreTrainedModel) -> None:
             f"{elsewhere} is offloaded: linearize the model where its weights are in memory, save "
             "it, and offload what is loaded"
         )
+
+
+def check_sequential(model: PreTrainedModel, *, refit_mlp: bool) -> None:
+    """ValueError unless maps can be fitted one after another: on one device, and with `refit_mlp`
+    with plain linears in all layers."""
+    check_one_device(model)
+    if refit_mlp:
+        for i, layer in enumerate(model.model.layers):
+            check_plain(layer, f"refit_mlp: model.layers.{i}")

@@ -10,8 +10,16 @@ from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
-from .calibration import Calibration, calibrate
-from .checks import check_layers, check_model, check_no_draft, check_one_device, has_lost_weights
+from .calibration import Calibration, fit_sequentially
+from .checks import (
+    check_attention,
+    check_layers,
+    check_model,
+    check_no_draft,
+    check_one_device,
+    check_sequential,
+    has_lost_weights,
+)
 from .layers.fused import FusedLayer, check_plain, fuse, unfuse
 from .layers.linearized import LinearizedDecoderLayer, linear_layer, map_spec
 from .layers.quantized import restore_linears
@@ -19,7 +27,15 @@ from .layers.spec import LayerSpec, config_entry, layer_specs, linearized_layers
 from .models import become_nbl, family_of
 from .upstream import share_checkpointing
 
-__all__ = ["chosen_layers", "drop", "forget_originals", "linear_layers", "linearize", "restore"]
+__all__ = [
+    "chosen_layers",
+    "drop",
+    "forget_originals",
+    "linear_layers",
+    "linearize",
+    "put_maps",
+    "restore",
+]
 
 # Where a model keeps the layers that were replaced: a plain dict, so that they are in no state_dict
 # and follow no .to().
@@ -85,18 +101,33 @@ def linearize(
             raise ValueError("maps: expected None with sequential=True, which solves for its own")
         if batches is None:
             raise ValueError("sequential: expected batches to fit the maps on")
+        check_sequential(model, refit_mlp=refit_mlp)
         if iter(batches) is batches:  # a generator, which the criterion may read as well
             batches = list(batches)
     layers = chosen_layers(model, cal, layers, criterion, batches, **options)
     if sequential and layers:
-        own = {"features": cal.features, "memory": cal.memory, "progress": False}
-        fitted = {"sequential": True, "refit_mlp": refit_mlp, **options}
-        cal = calibrate(model, batches, layers=layers, **own, **fitted)
-    replacements = linear_layers(model, cal, layers, **options, maps=maps)
+        check_attention(model, layers)
+        seen = {"features": cal.features, "memory": cal.memory}
+        cal = fit_sequentially(model, batches, layers, **seen, refit_mlp=refit_mlp, **options)
+    put_maps(model, cal, layers, **options, maps=maps)
+    return model
+
+
+def put_maps(
+    model: PreTrainedModel,
+    cal: Calibration,
+    layers: list[int],
+    *,
+    ridge: float,
+    bias: bool,
+    rank: int | None,
+    maps: Mapping[int, nk.Lmmse] | None,
+) -> None:
+    """:func:`linearize` of layers that are chosen, its arguments checked."""
+    replacements = linear_layers(model, cal, layers, ridge=ridge, bias=bias, rank=rank, maps=maps)
     for i in cal.down_proj:
         check_plain(model.model.layers[i], f"refit_mlp: model.layers.{i}")
     _replace(model, replacements, cal.down_proj)
-    return model
 
 
 def linear_layers(

@@ -27,6 +27,7 @@ __all__ = [
     "LOSS_TOKENS",
     "PAPER",
     "Compressed",
+    "check_choices",
     "compress",
     "disagreements",
     "length_limit",
@@ -145,12 +146,7 @@ def compress(
             "model: expected one with all its attention layers, but it is compressed already: "
             "start from the original"
         )
-    if drop and (memory is not None or sequential):
-        raise ValueError("drop: expected neither memory nor sequential beside it: no map is fitted")
-    if refit_mlp and not sequential:
-        raise ValueError("refit_mlp: expected sequential beside it")
-    if sequential and sweep:
-        raise ValueError("sequential: expected no sweep: its maps are for one number of layers")
+    check_choices(drop=drop, memory=memory, sequential=sequential, refit_mlp=refit_mlp, sweep=sweep)
     if rank is not None and rank > model.config.hidden_size:
         raise ValueError(
             f"rank: expected at most {model.config.hidden_size}, the model's width, got {rank}"
@@ -255,6 +251,18 @@ def compress(
         evaluation=_size(eval_batches),
         speed=speed,
     )
+
+
+def check_choices(
+    *, drop: bool, memory: Memory | None, sequential: bool, refit_mlp: bool, sweep: bool
+) -> None:
+    """ValueError for arguments of :func:`compress` that contradict each other."""
+    if drop and (memory is not None or sequential):
+        raise ValueError("drop: expected neither memory nor sequential beside it: no map is fitted")
+    if refit_mlp and not sequential:
+        raise ValueError("refit_mlp: expected sequential beside it")
+    if sequential and sweep:
+        raise ValueError("sequential: expected no sweep: its maps are for one number of layers")
 
 
 def length_limit(model: PreTrainedModel) -> int:

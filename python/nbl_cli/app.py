@@ -54,6 +54,9 @@ def _explain(error: Exception) -> int:
     usage = hasattr(error, "format_message")  # typer's own: unknown option, missing argument, ...
     asked_wrongly = usage or isinstance(error, ValueError | OSError)
     message = " ".join((error.format_message() if usage else str(error)).split())
+    name, colon, rest = message.partition(":")
+    if name.isidentifier():  # an argument of the library, whose option has hyphens
+        message = name.replace("_", "-") + colon + rest
     if not asked_wrongly:
         message = f"{type(error).__name__}: {message} (NBL_DEBUG=1 shows where)"
     err.print(Text(f"error: {message}", style="bold red"), soft_wrap=True)

@@ -72,6 +72,17 @@ def read_texts(
     return load_texts(sources, max_chars=max_tokens and 8 * max_tokens), sources
 
 
+def read_held_out(
+    model: str, text: list[str] | None, sources: list[str], max_tokens: int
+) -> tuple[list[Document] | None, list[str]]:
+    """(documents, sources) to evaluate on; None: a part of the calibration text, which nbl.compress
+    then holds out."""
+    if not text and model != "demo":
+        return None, [f"held out of {source}" for source in sources]
+    found = list(text or ["demo:test"])
+    return load_texts(found, max_chars=8 * max_tokens), found
+
+
 def prepare_saving(model, tokenizer, folder: Path, layers: int, memory=None, rank=None) -> None:
     """Before the work: all that is saved but the weights, and room for these with so many maps."""
     saving.try_saving(model, tokenizer, folder)

@@ -96,6 +96,52 @@ Weights = Annotated[
     typer.Option(help="Quantize the weights first.", show_default="as they are"),
 ]
 
+# Of nbl compress.
+Layers = Annotated[
+    str, typer.Option(metavar="M", help="How many (12), or which (3,5,7).", show_default=False)
+]
+Preset = Annotated[
+    Literal["paper"] | None,
+    typer.Option(help="paper: pre-norm, cca, 256 sequences of 2048 tokens."),
+]
+Bias = Annotated[bool, typer.Option(help="Give the maps a bias.")]
+Ridge = Annotated[float, typer.Option(min=0, help="Relative to the mean variance of the features.")]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Store W as a product of two matrices of this rank.", show_default="full"
+    ),
+]
+Sequential = Annotated[
+    bool,
+    typer.Option("--sequential", help="Fit every map on what the replaced layers below it leave."),
+]
+RefitMlp = Annotated[
+    bool, typer.Option("--refit-mlp", help="With --sequential: refit the down projections, too.")
+]
+Drop = Annotated[
+    bool, typer.Option("--drop", help="Only remove the attention, without a map: the baseline.")
+]
+CalibrationFolder = Annotated[
+    Path | None, typer.Option(metavar="CAL", help="Use this instead of calibrating.")
+]
+Evaluate = Annotated[
+    bool,
+    typer.Option(
+        "--eval",
+        help="Measure perplexity on held-out text, and speed, against the dense model "
+        "and against dropping.",
+    ),
+]
+EvalText = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH...", help="Text for --eval.", show_default="a tenth of the documents"
+    ),
+]
+EvalTokens = Annotated[int, typer.Option(min=2, help="Tokens for --eval.")]
+Sweep = Annotated[bool, typer.Option("--sweep", help="--eval for every number of layers up to M.")]
+
 
 def parse_memory(
     memory: bool, lags: str | None, decays: str | None, choose: int | None

@@ -324,8 +324,8 @@ def test_compress_with_a_memory(tiny, book, tmp_path):
         ("lags: expected --memory", ["--lags", "1"]),
         ("decays: expected numbers between commas", ["--memory", "--decays", "x"]),
         ("drop: expected neither", ["--drop", "--memory"]),
-        ("refit-mlp: expected --sequential", ["--refit-mlp"]),
-        ("sequential: expected no --sweep", ["--sequential", "--sweep"]),
+        ("refit-mlp: expected sequential", ["--refit-mlp"]),
+        ("sequential: expected no sweep", ["--sequential", "--sweep"]),
     ):
         refused = refusal_of("compress", tiny, "--text", book, "--layers", 1, "-o", "no", *args)
         assert re.search(words, refused)

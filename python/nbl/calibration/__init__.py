@@ -7,8 +7,15 @@ ranking       scores of layers, and their order
 store         its files, and what identifies a model and its batches
 """
 
-from .calibrate import calibrate
+from .calibrate import calibrate, fit_sequentially, measure_moments
 from .calibration import Calibration
 from .ranking import CRITERIA, LayerScore
 
-__all__ = ["CRITERIA", "Calibration", "LayerScore", "calibrate"]
+__all__ = [
+    "CRITERIA",
+    "Calibration",
+    "LayerScore",
+    "calibrate",
+    "fit_sequentially",
+    "measure_moments",
+]

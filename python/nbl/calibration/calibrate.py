@@ -22,8 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..batches import Batch, count_tokens, read_batches
-from ..checks import check_dtype, check_layers, check_one_device
-from ..layers.fused import check_plain
+from ..checks import check_attention, check_dtype, check_layers, check_sequential
 from ..memory import Memory
 from ..models import family_of, linearized_layers, model_type_of
 from ..perplexity import eval_mode
@@ -33,7 +32,7 @@ from .calibration import SAME, Calibration
 from .sequential import calibrate_sequentially
 from .store import TENSOR_FILE, batch_bytes, digest, fingerprint
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "fit_sequentially", "measure_moments"]
 
 # With fewer tokens per feature dimension the maps fit the text rather than the language.
 _TOKENS_PER_DIMENSION = 50
@@ -109,39 +108,42 @@ def calibrate(
         raise ValueError("sequential: expected no checkpoint and no layers_at_once beside it")
     if not sequential and (refit_mlp or (ridge, bias, rank) != (1e-4, True, None)):
         raise ValueError("ridge, bias, rank, refit_mlp: expected sequential=True beside them")
+    if sequential:
+        check_sequential(model, refit_mlp=refit_mlp)
     if layers_at_once is not None and (type(layers_at_once) is not int or layers_at_once < 1):
         raise ValueError(f"layers_at_once: expected a positive int, got {layers_at_once!r}")
-    linearized = set(linearized_layers(model))
     if layers is None:
+        linearized = linearized_layers(model)
         layers = [i for i in range(model.config.num_hidden_layers) if i not in linearized]
     layers = check_layers(model, layers)
-    if linearized & set(layers):
-        raise ValueError(f"layers {sorted(linearized & set(layers))} have no attention: linearized")
+    check_attention(model, layers)
     if not layers:
         raise ValueError("layers: none to observe")
-    if layers_at_once is not None and layers_at_once < len(layers):
-        batches = batches if isinstance(batches, list | tuple) else list(batches)
-        parts = []
-        for start in range(0, len(layers), layers_at_once):
-            group = sorted(layers)[start : start + layers_at_once]
-            folder = None
-            if checkpoint is not None:
-                folder = Path(checkpoint) / "layers-{}".format("-".join(map(str, group)))
-            part = calibrate(
-                model,
-                batches,
-                features=features,
-                memory=memory,
-                layers=group,
-                checkpoint=folder,
-                checkpoint_seconds=checkpoint_seconds,
-                progress=progress,
-            )
-            parts.append(part.to("cpu"))
-        return parts[0].join_layers(parts[1:])
+    seen = {"features": features, "memory": memory, "progress": progress}
+    if sequential:
+        own = {"ridge": ridge, "bias": bias, "rank": rank, "refit_mlp": refit_mlp}
+        return fit_sequentially(model, batches, layers, **seen, **own)
+    if layers_at_once is None or layers_at_once >= len(layers):
+        stored = {"checkpoint": checkpoint, "checkpoint_seconds": checkpoint_seconds}
+        return measure_moments(model, batches, layers, **seen, **stored)
+    batches = batches if isinstance(batches, list | tuple) else list(batches)
+    parts = []
+    for start in range(0, len(layers), layers_at_once):
+        group = sorted(layers)[start : start + layers_at_once]
+        folder = None
+        if checkpoint is not None:
+            folder = Path(checkpoint) / "layers-{}".format("-".join(map(str, group)))
+        stored = {"checkpoint": folder, "checkpoint_seconds": checkpoint_seconds}
+        parts.append(measure_moments(model, batches, group, **seen, **stored).to("cpu"))
+    return parts[0].join_layers(parts[1:])
 
+
+def _nothing_yet(
+    model: PreTrainedModel, layers: list[int], features: str, memory: Memory | None
+) -> Calibration:
+    """Of these layers, no token counted."""
     decoder = model.model.layers
-    cal = Calibration(
+    return Calibration(
         model_type=model_type_of(model),
         num_hidden_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
@@ -151,11 +153,21 @@ def calibrate(
         memory=memory,
         device={i: execution_device(decoder[i].input_layernorm) for i in layers},
     )
-    if sequential:
-        options = {"ridge": ridge, "bias": bias, "rank": rank}
-        _calibrate_sequentially(model, batches, cal, progress, refit_mlp=refit_mlp, **options)
-        _warn_few_tokens(cal)
-        return cal
+
+
+def measure_moments(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    layers: list[int],
+    *,
+    features: str,
+    memory: Memory | None,
+    progress: bool | Callable[[int, int | None], None] = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> Calibration:
+    """One pass over the batches: :func:`calibrate`, whose arguments are checked."""
+    cal = _nothing_yet(model, layers, features, memory)
     store = _Checkpoint(checkpoint, cal, checkpoint_seconds)
     done = cal.batches, cal.batches_digest
     cal.batches, cal.batches_digest = 0, ""
@@ -169,7 +181,7 @@ def calibrate(
         )
         under_way: list[Batch] = []  # for the hooks
         for i in layers:
-            _observe(decoder[i], i, cal, under_way, stack)
+            _observe(model.model.layers[i], i, cal, under_way, stack)
         tokens = 0
         try:
             for number, batch in enumerate(read_batches(batches, model)):
@@ -202,29 +214,20 @@ def calibrate(
     return cal
 
 
-def _warn_few_tokens(cal: Calibration) -> None:
-    dimensions = cal.hidden_size * (1 if cal.memory is None else cal.memory.branches)
-    if cal.tokens < _TOKENS_PER_DIMENSION * dimensions:
-        warnings.warn(
-            f"{cal.tokens} tokens are few for {dimensions} feature dimensions; "
-            f"{_TOKENS_PER_DIMENSION * dimensions} or more are advised",
-            stacklevel=3,
-        )
-
-
-def _calibrate_sequentially(
+def fit_sequentially(
     model: PreTrainedModel,
     batches: Iterable[Any],
-    cal: Calibration,
-    progress: bool | Callable[[int, int | None], None],
+    layers: list[int],
     *,
+    features: str,
+    memory: Memory | None,
+    progress: bool | Callable[[int, int | None], None] = False,
     refit_mlp: bool,
     **options: Any,
-) -> None:
-    check_one_device(model)
-    if refit_mlp:
-        for i, layer in enumerate(model.model.layers):
-            check_plain(layer, f"refit_mlp: model.layers.{i}")
+) -> Calibration:
+    """:func:`calibrate` with sequential=True, whose arguments are checked. options: ridge, bias,
+    rank."""
+    cal = _nothing_yet(model, layers, features, memory)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(model))
@@ -237,6 +240,18 @@ def _calibrate_sequentially(
             model, read, cal, **options, refit_mlp=refit_mlp, report=report
         )
     cal.batches, cal.sequential = len(read), options
+    _warn_few_tokens(cal)
+    return cal
+
+
+def _warn_few_tokens(cal: Calibration) -> None:
+    dimensions = cal.hidden_size * (1 if cal.memory is None else cal.memory.branches)
+    if cal.tokens < _TOKENS_PER_DIMENSION * dimensions:
+        warnings.warn(
+            f"{cal.tokens} tokens are few for {dimensions} feature dimensions; "
+            f"{_TOKENS_PER_DIMENSION * dimensions} or more are advised",
+            stacklevel=4,
+        )
 
 
 def _observe(
