@@ -36,6 +36,7 @@ import nbl
 import torch
 import transformers
 from nbl import benchmark
+from nbl.engines import Transformers, model_engines
 from nbl_cli.cases import table
 from rich.console import Console
 from torch import Tensor
@@ -153,14 +154,14 @@ def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         counts = [0] * ("dense" in options.engines) + [
             m for m in options.layers if "nbl" in options.engines and m
         ]
-        engines = benchmark.model_engines(
+        engines = model_engines(
             model,
             counts,
             eager="eager" in options.engines,
             compiled="compiled" in options.engines,
             weights=options.weights,
         )
-        place = sum(isinstance(e, benchmark.Transformers) for e in engines)
+        place = sum(isinstance(e, Transformers) for e in engines)
         engines[place:place] = peers
         cases = []
         for batch in options.batch:

@@ -32,7 +32,7 @@ import nbl
 import nbl.demo
 import torch
 import transformers
-from nbl import benchmark
+from nbl.engines import Ours
 from nbl.models import LayerSpec
 from nbl.upstream import output_cache
 from transformers import PreTrainedModel
@@ -397,9 +397,9 @@ def compared(
     """Prefill and decode of each, compared with dense and with one-token maps round by round."""
     nbl_name = next(name for name in models if name.startswith("NBL"))
     length = prompt.shape[1]
-    engines = {name: benchmark.Ours(model, name) for name, model in models.items()}
+    engines = {name: Ours(model, name) for name, model in models.items()}
 
-    def seconds(engine: benchmark.Ours) -> tuple[float, float]:
+    def seconds(engine: Ours) -> tuple[float, float]:
         """Of the prompt with the first new token, and per new token after it."""
         return engine.prefill(prompt, steps + 1)[0], engine.decode(steps) / steps
 

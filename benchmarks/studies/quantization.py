@@ -22,6 +22,7 @@ import nbl.demo
 import torch
 import transformers
 from nbl import benchmark
+from nbl.engines import Ours
 from nbl.models import LayerSpec
 
 from benchmarks import results
@@ -67,16 +68,16 @@ def perplexities(calibration_tokens: int) -> list[dict[str, Any]]:
 
 def decode_speeds(layers: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    engines: dict[tuple[str, str], benchmark.Ours] = {}
+    engines: dict[tuple[str, str], Ours] = {}
     for linearized in (0, layers // 2):
         model = random_model(layers, linearized, LayerSpec("linear", bias=True))
         for weights in (None, *FORMATS):
             own = nbl.optimize(copy.deepcopy(model), weights=weights)
             name = f"NBL-{linearized}" if linearized else "dense"
-            engines[name, weights or "bf16"] = benchmark.Ours(own, name)
+            engines[name, weights or "bf16"] = Ours(own, name)
     prompt = torch.randint(SHAPE["vocab_size"], (1, CONTEXT - steps // 2))  # CONTEXT on average
 
-    def step_seconds(engine: benchmark.Ours) -> float:
+    def step_seconds(engine: Ours) -> float:
         engine.prefill(prompt, steps + 1)
         return engine.decode(steps) / steps
 

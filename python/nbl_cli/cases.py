@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nbl.benchmark import EAGER
+from nbl.engines import EAGER
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -73,7 +73,7 @@ def _short(value: float) -> str:
 def plot(cases: Sequence[dict[str, Any]]) -> bytes:
     """A PNG: tokens per second of every engine, a panel per case, each bar with its ceiling. Needs
     matplotlib."""
-    from .report import render_plot
+    from .plots import render_plot
 
     def draw(figure: Any, cases: Sequence[dict[str, Any]], theme: Any) -> None:
         count = max(len(case["rows"]) for case in cases)

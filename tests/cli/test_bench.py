@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from nbl import benchmark, demo
+from nbl.engines import EAGER, model_engines, our_engines, twin
 from nbl_cli import app as cli
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -43,7 +44,7 @@ def test_every_case_and_every_bar(measured):
     cases = [(case["kind"], case["batch"], case["context"]) for case in record["cases"]]
     assert cases == [(kind, batch, 16) for kind in ("decode", "prefill") for batch in (1, 2)]
     for case in record["cases"]:
-        assert [row["engine"] for row in case["rows"]] == [benchmark.EAGER, *OURS]
+        assert [row["engine"] for row in case["rows"]] == [EAGER, *OURS]
         assert [row["layers"] for row in case["rows"]] == [0, 0, 3]
         assert case["absent"] == {} and case["in_turns"]
         assert case["limit"]["rate"] == max(case["rates"].values())
@@ -114,7 +115,7 @@ def test_decode_reads_every_weight_once_and_the_cache(tiny_model, tie):
     weights = sum(p.nbytes for p in model.parameters()) - (0 if tie else embedding)
     a_token = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their size, float32
     assert benchmark.decode_bytes(model, 3, 10) == weights + 3 * 10 * a_token
-    dense, nbl_3 = (e.model for e in benchmark.our_engines(model, [0, 3]))
+    dense, nbl_3 = (e.model for e in our_engines(model, [0, 3]))
     assert benchmark.decode_bytes(dense, 3, 10) == weights + 3 * 10 * a_token
     q, k = 32 * 32, 16 * 32  # of each linearized layer go q, k, v and o, and a map with bias comes
     assert benchmark.decode_bytes(nbl_3, 3, 10) == (
@@ -143,27 +144,27 @@ def test_prefill_flops_are_those_that_pytorch_counts(tiny_model):
 
 
 def test_engines_share_the_weights_and_transformers_has_its_own(tiny_model):
-    eager, dense, nbl_2 = benchmark.model_engines(tiny_model("llama"), [0, 2])
+    eager, dense, nbl_2 = model_engines(tiny_model("llama"), [0, 2])
 
     def address(engine, layer):
         return engine.model.model.layers[layer].mlp.down_proj.weight.data_ptr()
 
     for layer in (0, 3):
         assert address(dense, layer) == address(nbl_2, layer) != address(eager, layer)
-    twin = benchmark.twin(dense.model, share=True)
-    assert twin.model.layers[0].mlp.up_proj.weight.data_ptr() == (
+    shared = twin(dense.model, share=True)
+    assert shared.model.layers[0].mlp.up_proj.weight.data_ptr() == (
         dense.model.model.layers[0].mlp.up_proj.weight.data_ptr()
     )
     ids = torch.arange(2, 9)[None]
     with torch.no_grad():
-        assert torch.equal(twin(ids).logits, eager.model(ids).logits)
+        assert torch.equal(shared(ids).logits, eager.model(ids).logits)
 
 
 def test_a_compressed_model_is_measured_as_it_is(tiny_model):
     model = tiny_model("llama")
-    (nbl_2,) = benchmark.our_engines(model, [2])
+    (nbl_2,) = our_engines(model, [2])
     with pytest.raises(ValueError, match=r"layers: expected numbers from 2 .* got 0"):
-        benchmark.our_engines(nbl_2.model, [0])
+        our_engines(nbl_2.model, [0])
 
 
 # ---- turns ---------------------------------------------------------------------------------------
@@ -287,7 +288,11 @@ def test_the_benchmarks_run_without_peers(engines, tmp_path, kind):
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     (case,) = record["cases"]
-    assert [row["engine"] for row in case["rows"]] == [benchmark.EAGER, "ours dense", "ours NBL-2"]
+    assert [row["engine"] for row in case["rows"]] == [
+        EAGER,
+        "ours dense",
+        "ours NBL-2",
+    ]
     assert "no --llama-cpp-python given" in case["absent"]["llama.cpp"]
     assert "'/nowhere/python' is no program" in case["absent"]["vllm"]
     assert record["environment"]["commit"] and record["shape"]["hidden_size"] == 256
@@ -310,5 +315,5 @@ def test_gguf_holds_the_same_weights(engines, tmp_path):
 
 def test_the_demo_model_reads_less_when_linearized():
     model, _ = demo.load()
-    dense, half = benchmark.our_engines(model, [0, model.config.num_hidden_layers // 2])
+    dense, half = our_engines(model, [0, model.config.num_hidden_layers // 2])
     assert benchmark.decode_bytes(half.model, 1, 512) < benchmark.decode_bytes(dense.model, 1, 512)

@@ -143,7 +143,7 @@ def test_a_missing_or_mangled_part_is_no_crash(part, value):
 def light_only(record):
     """The page without the plots, which take all the time, and the plots' own checks apart."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_draw", lambda draw, record, theme, kind: b"<svg/>")
+        patch.setattr(report, "draw_plot", lambda draw, record, theme, kind: b"<svg/>")
         Page(report.render_html(record))
 
 

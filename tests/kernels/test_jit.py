@@ -88,7 +88,7 @@ def test_messages_of_the_compiler_are_passed_on():
         jit.compile("nbl/cuda/row_ops.cuh", ["nbl::no_such_kernel<float>"])
     with pytest.raises(RuntimeError, match=r"no_such_header\.cuh"):
         jit.compile("nbl/cuda/no_such_header.cuh")
-    with pytest.raises(RuntimeError, match="gpu-architecture|INVALID_OPTION"):
+    with pytest.raises(RuntimeError, match=r"gpu-architecture|INVALID_OPTION"):
         jit.compile("nbl/cuda/row_ops.cuh", arch="sm_1")
 
 
