@@ -26,10 +26,12 @@ bench: install
 	$(BIN)/python -m pytest --benchmark
 
 lint: install
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==23.1.5  # formats differ between versions
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1  # they differ between versions
 	$(BIN)/ruff check --no-cache .  # a cache would miss what new files change in others
 	$(BIN)/ruff format --no-cache --check .
 	find csrc tests benchmarks -regex '.*\.\(h\|cuh\|cpp\|cu\)' | xargs $(BIN)/clang-format --dry-run --Werror
+	MYPYPATH=python $(BIN)/mypy --cache-dir=/dev/null tests/typing
+	$(BIN)/python -m benchmarks.measurements --check
 
 install: $(VENV)/.installed
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "append_rows", "environment", "now", "read", "save", "stamp", "tree"]
+__all__ = ["FOLDER", "ROOT", "append_rows", "environment", "now", "read", "save", "stamp", "tree"]
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"

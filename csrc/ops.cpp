@@ -66,7 +66,10 @@ STABLE_TORCH_LIBRARY(nbl, m) {
   // C_bb = C_tt + C_tf + C_tfᵀ + C_ff
   m.def("residual_cca_matrix(Tensor cov_ff, Tensor cov_tf, Tensor cov_tt) -> (Tensor, Tensor)");
 
-  // The same as PyTorch operations (nbl_kernels/_ops.py): what runs where no kernel of ours does.
+  // The same as PyTorch operations (nbl_kernels/_ops.py): what runs on tensors that no kernel of
+  // ours takes. Operators of their own, because a launcher knows only after its checks that it has
+  // no kernel for these sizes, and LibTorch's stable ABI calls operators by name: it cannot hand
+  // the same one on to its next dispatch key.
   m.def(
       "residual_linear_plain(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
       "Tensor? norm_weight, float norm_eps, Tensor? weight_scale=None) -> Tensor");

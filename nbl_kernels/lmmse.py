@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbl_kernels.arrays import borrowed
+from nbl_kernels.arrays import Function, borrowed
 from nbl_kernels.covariance import Moments
 
 # What one call may take on the CPU (on CUDA: half of what is free): more layers than fit are solved
@@ -45,7 +45,7 @@ class Lmmse:
     factors: tuple[Tensor, Tensor] | None = None  # (U (…, d_t, r), V (…, r, d_f)), weight = U V
 
 
-def _takes_arrays(solve: Callable) -> Callable:
+def _takes_arrays(solve: Function) -> Function:
     """Lets moments hold NumPy or CuPy arrays, all of one kind; then the result does, too."""
 
     @functools.wraps(solve)
@@ -68,7 +68,7 @@ def _takes_arrays(solve: Callable) -> Callable:
             result = solve(batch[0] if single else batch, **options)
             return _mapped(give_back, result)
 
-    return wrapper
+    return wrapper  # type: ignore[return-value]
 
 
 def _mapped(function: Callable[[Tensor], Any], result: Any) -> Any:

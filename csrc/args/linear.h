@@ -17,28 +17,6 @@ struct LinearArgs {
   std::optional<Tensor> weight_scale;  // of a quantized weight
 };
 
-inline LinearArgs residual_linear_args(const Tensor& x, const Tensor& weight,
-                                       const std::optional<Tensor>& bias,
-                                       const std::optional<Tensor>& residual,
-                                       const std::optional<Tensor>& norm_weight, double norm_eps,
-                                       const std::optional<Tensor>& weight_scale) {
-  return {"residual_linear", x,        weight, bias,        residual ? *residual : x,
-          norm_weight,       norm_eps, false,  weight_scale};
-}
-
-inline LinearArgs norm_linear_args(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, double norm_eps,
-                                   const std::optional<Tensor>& weight_scale) {
-  return {"norm_linear", x, weight, bias, std::nullopt, norm_weight, norm_eps, false, weight_scale};
-}
-
-inline LinearArgs norm_swiglu_args(const Tensor& x, const Tensor& norm_weight,
-                                   const Tensor& gate_up_weight, double norm_eps,
-                                   const std::optional<Tensor>& weight_scale) {
-  return {"norm_swiglu", x,        gate_up_weight, std::nullopt, std::nullopt,
-          norm_weight,   norm_eps, true,           weight_scale};
-}
-
 inline WeightFormat weight_format(const Tensor& weight) {
   switch (weight.scalar_type()) {
     case ScalarType::Char:
@@ -161,5 +139,38 @@ inline Tensor empty_like_rows(const Tensor& x, int64_t last) {
 
 // Checks and runs: in cpu/linear.cpp and cuda/linear.cu, each module its own.
 Tensor run_linear(LinearArgs a);
+
+// The operators, for either device.
+inline Tensor residual_linear(const Tensor& x, const Tensor& weight,
+                              const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& residual,
+                              const std::optional<Tensor>& norm_weight, double norm_eps,
+                              const std::optional<Tensor>& weight_scale) {
+  return run_linear({"residual_linear", x, weight, bias, residual ? *residual : x, norm_weight,
+                     norm_eps, false, weight_scale});
+}
+
+inline Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
+                          const std::optional<Tensor>& bias, double norm_eps,
+                          const std::optional<Tensor>& weight_scale) {
+  return run_linear(
+      {"norm_linear", x, weight, bias, std::nullopt, norm_weight, norm_eps, false, weight_scale});
+}
+
+inline Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
+                          double norm_eps, const std::optional<Tensor>& weight_scale) {
+  return run_linear({"norm_swiglu", x, gate_up_weight, std::nullopt, std::nullopt, norm_weight,
+                     norm_eps, true, weight_scale});
+}
+
+template <class Library>
+void register_linears(Library& m) {
+  for (const char* name : {"residual_linear", "residual_linear_inference"})
+    m.impl(name, TORCH_BOX(&residual_linear));
+  for (const char* name : {"norm_linear", "norm_linear_inference"})
+    m.impl(name, TORCH_BOX(&norm_linear));
+  for (const char* name : {"norm_swiglu", "norm_swiglu_inference"})
+    m.impl(name, TORCH_BOX(&norm_swiglu));
+}
 
 }  // namespace nbl

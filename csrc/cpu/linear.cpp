@@ -183,35 +183,6 @@ Tensor run_linear(LinearArgs a) {
   return out;
 }
 
-namespace {
-
-Tensor residual_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual,
-                       const std::optional<Tensor>& norm_weight, double norm_eps,
-                       const std::optional<Tensor>& weight_scale) {
-  return run_linear(
-      residual_linear_args(x, weight, bias, residual, norm_weight, norm_eps, weight_scale));
-}
-
-Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& weight,
-                   const std::optional<Tensor>& bias, double norm_eps,
-                   const std::optional<Tensor>& weight_scale) {
-  return run_linear(norm_linear_args(x, norm_weight, weight, bias, norm_eps, weight_scale));
-}
-
-Tensor norm_swiglu(const Tensor& x, const Tensor& norm_weight, const Tensor& gate_up_weight,
-                   double norm_eps, const std::optional<Tensor>& weight_scale) {
-  return run_linear(norm_swiglu_args(x, norm_weight, gate_up_weight, norm_eps, weight_scale));
-}
-
-}  // namespace
 }  // namespace nbl
 
-STABLE_TORCH_LIBRARY_IMPL(nbl, CPU, m) {
-  m.impl("residual_linear", TORCH_BOX(&nbl::residual_linear));
-  m.impl("norm_linear", TORCH_BOX(&nbl::norm_linear));
-  m.impl("norm_swiglu", TORCH_BOX(&nbl::norm_swiglu));
-  m.impl("residual_linear_inference", TORCH_BOX(&nbl::residual_linear));
-  m.impl("norm_linear_inference", TORCH_BOX(&nbl::norm_linear));
-  m.impl("norm_swiglu_inference", TORCH_BOX(&nbl::norm_swiglu));
-}
+STABLE_TORCH_LIBRARY_IMPL(nbl, CPU, m) { nbl::register_linears(m); }
