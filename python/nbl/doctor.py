@@ -9,6 +9,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -99,7 +100,7 @@ def self_check(seed: int = 0) -> Iterator[Finding]:
 
     generator = torch.Generator().manual_seed(seed)
 
-    def random(*shape):
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -123,7 +124,7 @@ def self_check(seed: int = 0) -> Iterator[Finding]:
     yield from _check_statistics(nk, random)
 
 
-def _check_statistics(nk, random: Callable) -> Iterator[Finding]:
+def _check_statistics(nk: ModuleType, random: Callable) -> Iterator[Finding]:
     """The accumulator, the solver and the bound, on correlated bfloat16 activations."""
     features = (random(400, 24) @ random(24, 24) + 3).bfloat16()
     targets = (features.float() @ random(24, 24) / 10 + random(400, 24)).bfloat16()
@@ -139,7 +140,7 @@ def _check_statistics(nk, random: Callable) -> Iterator[Finding]:
         cov_tt=cov_tt,
     )
 
-    def covariance():
+    def covariance() -> tuple[torch.Tensor, torch.Tensor]:
         accumulator = nk.CovarianceAccumulator(24, 24)
         accumulator.update(features[:150], targets[:150])
         accumulator.update(features[150:], targets[150:])
@@ -149,14 +150,14 @@ def _check_statistics(nk, random: Callable) -> Iterator[Finding]:
             torch.stack([cov_ff, cov_tf, cov_tt]),
         )
 
-    def solve():
+    def solve() -> tuple[torch.Tensor, torch.Tensor]:
         weight, nmse = nk.lmmse_solve_ref(cov_ff, cov_tf, cov_tt, ridge=1e-4)
         found = nk.lmmse_solve(exact, ridge=1e-4)
         return torch.cat([found.weight.flatten(), found.nmse.reshape(1)]), torch.cat(
             [weight.flatten(), nmse.reshape(1)]
         )
 
-    def bound():
+    def bound() -> tuple[torch.Tensor, torch.Tensor]:
         expected = nk.cca_bound_ref(cov_ff, cov_tf + cov_ff, cov_tt + cov_tf + cov_tf.T + cov_ff)
         return nk.cca_bound(exact).reshape(1), expected.reshape(1)
 

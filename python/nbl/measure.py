@@ -8,15 +8,17 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from nbl_kernels.machine import in_turns
 
-from .calibration import CRITERIA
+from .calibration import CRITERIA, Calibration
 from .layers.spec import linearized_layers
 from .linearize import drop as drop_attention
 from .linearize import linearize, restore
@@ -37,7 +39,13 @@ __all__ = [
 
 
 def score_layers(
-    calibration, *, model=None, batches=None, ridge: float = 1e-4, bias: bool = True, rank=None
+    calibration: Calibration,
+    *,
+    model: PreTrainedModel | None = None,
+    batches: Iterable[Any] | None = None,
+    ridge: float = 1e-4,
+    bias: bool = True,
+    rank: int | None = None,
 ) -> dict[str, list[float | None]]:
     """{criterion: score of layer 0, 1, ...}; "loss" only where a model and batches are given.
 
@@ -54,7 +62,7 @@ def score_layers(
     return scores
 
 
-def kv_bytes_per_token(model) -> int:
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of keys and values that the model's own cache holds for one token of one sequence."""
     tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     with torch.inference_mode():
@@ -67,7 +75,7 @@ def kv_bytes_per_token(model) -> int:
     return sum(t.numel() * t.element_size() for t in held if t is not None) // tokens.shape[1]
 
 
-def state_bytes(model) -> int:
+def state_bytes(model: PreTrainedModel) -> int:
     """Bytes that the layers with a memory keep of one sequence, whatever its length."""
     layers = (model.model.layers[i] for i in linearized_layers(model))
     return sum(layer.new_state(1).nbytes for layer in layers if layer.spec.has_memory)
@@ -76,12 +84,12 @@ def state_bytes(model) -> int:
 class Stopwatch(BaseStreamer):
     """Notes when `generate` starts and when each new token is there; may pass tokens on."""
 
-    def __init__(self, then: Callable[[torch.Tensor], None] | None = None):
+    def __init__(self, then: Callable[[torch.Tensor], None] | None = None) -> None:
         self.times = [time.perf_counter()]
         self._then = then
         self._prompt_seen = False
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:  # generate hands over the prompt first
             self._prompt_seen = True
             return
@@ -89,7 +97,7 @@ class Stopwatch(BaseStreamer):
         if self._then is not None:
             self._then(value)
 
-    def end(self):
+    def end(self) -> None:
         pass
 
     @property
@@ -105,8 +113,8 @@ class Stopwatch(BaseStreamer):
 
 
 def compare_speed(
-    model,
-    variants: Sequence[Callable],
+    model: PreTrainedModel,
+    variants: Sequence[Callable[[], AbstractContextManager[None]]],
     prompt: torch.Tensor,
     *,
     new_tokens: int = 32,
@@ -120,7 +128,7 @@ def compare_speed(
     """
     prompt = prompt.to(model.device)
 
-    def generate(as_variant: Callable) -> Stopwatch:
+    def generate(as_variant: Callable[[], AbstractContextManager[None]]) -> Stopwatch:
         with as_variant(), torch.inference_mode():
             watch = Stopwatch()
             model.generate(
@@ -146,16 +154,16 @@ def compare_speed(
 
 
 def measure_points(
-    model,
-    calibration,
+    model: PreTrainedModel,
+    calibration: Calibration,
     choices: Sequence[Sequence[int]],
     cosine_order: Sequence[int],
     *,
-    batches=None,
-    options: dict | None = None,
+    batches: Iterable[Any] | None = None,
+    options: dict[str, Any] | None = None,
     drop: bool = False,
     watch: Callable = lambda batches, what: batches,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """One row for the dense model and one for each choice of layers: what a record calls points.
 
     KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions;
@@ -169,7 +177,7 @@ def measure_points(
     def measured(name: str) -> float:
         return perplexity(model, watch(batches, f"perplexity, {name}")).value
 
-    def perplexity_dropped(layers, name):
+    def perplexity_dropped(layers: Sequence[int], name: str) -> dict[str, Any]:
         key = frozenset(layers)
         if key not in after_drop:
             with dropped(model, layers):
@@ -196,7 +204,12 @@ def measure_points(
 
 @contextmanager
 def variant(
-    model, calibration, layers: Sequence[int], options: dict | None = None, *, drop: bool = False
+    model: PreTrainedModel,
+    calibration: Calibration | None,
+    layers: Sequence[int],
+    options: dict[str, Any] | None = None,
+    *,
+    drop: bool = False,
 ) -> Iterator[None]:
     """A context in which these layers are linear maps (`options` as of `nbl.linearize`), or, with
     `drop`, have no attention."""
@@ -214,13 +227,13 @@ def variant(
 
 
 @contextmanager
-def dropped(model, layers: Sequence[int]) -> Iterator[None]:
+def dropped(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
     """A context in which these layers have no attention."""
     with variant(model, None, layers, drop=True):
         yield
 
 
-def describe_model(model, name: str) -> dict:
+def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """The record's "model"."""
     config = model.config.get_text_config()
     return {

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError  # transformers renders chat templates with it
+from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Chat",
@@ -114,7 +115,7 @@ def split_documents(
 
 
 def token_batches(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
     *,
     length: int,
@@ -167,7 +168,7 @@ def count_tokens(batches: Iterable[torch.Tensor]) -> int:
     return sum(batch.numel() for batch in batches)
 
 
-def _rendered(tokenizer, chat: Chat) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     """The chat as text, special tokens included."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

@@ -184,4 +184,6 @@ def has_matplotlib() -> bool:
 
 def need_matplotlib() -> None:
     if not has_matplotlib():
-        raise ValueError("report: needs matplotlib: pip install matplotlib")
+        raise ValueError(
+            "report: needs matplotlib, the extra nbl_kernels[report]: pip install matplotlib"
+        )

@@ -432,6 +432,11 @@ def test_refusals_name_what_is_wrong(tiny, book, tmp_path, args, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
 
 
+def test_plots_name_the_extra_that_is_missing(calibrated, monkeypatch):
+    monkeypatch.setattr("nbl_cli.show.has_matplotlib", lambda: False)
+    assert "the extra nbl_kernels[report]" in refusal_of("report", calibrated)
+
+
 @pytest.fixture
 def before_the_work(monkeypatch):
     """Nothing is calibrated: what follows must be refused before."""

@@ -6,11 +6,17 @@
 `train.py` made the model; `model/training_log.json` says how, and its test perplexity.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .corpus import documents, token_batches
+
+if TYPE_CHECKING:  # transformers is imported where a model is loaded
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["documents", "load", "model_dir", "token_batches"]
 
@@ -20,7 +26,9 @@ def model_dir() -> Path:
     return Path(__file__).resolve().parent / "model"
 
 
-def load(dtype: torch.dtype = torch.float32):
+def load(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The shipped model, in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

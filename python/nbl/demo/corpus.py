@@ -13,6 +13,8 @@ A paragraph found in several files (sync and async twins, topics that quote one 
 once, in the most protected split it occurs in.
 """
 
+from __future__ import annotations
+
 import ast
 import functools
 import hashlib
@@ -23,8 +25,14 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SPLITS", "documents", "token_batches"]
 
 # [first, last) bucket of 100. Protected splits come first: they win a text that several share.
 SPLITS = {"test": (0, 8), "validation": (8, 12), "train": (12, 100), "calibration": (12, 37)}
@@ -52,7 +60,12 @@ def documents(split: str) -> list[str]:
 
 
 def token_batches(
-    tokenizer, split: str, *, length: int, batch_size: int, max_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    *,
+    length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
 ) -> list[torch.Tensor]:
     """A split's documents, each preceded by eos, packed into LongTensors (batch_size, length).
 

@@ -6,6 +6,8 @@ The corpus is small and is seen many times, hence dropout on every branch and we
 weights that are kept are those with the lowest loss on the validation files.
 """
 
+from __future__ import annotations
+
 import argparse
 import copy
 import datetime
@@ -16,7 +18,9 @@ import platform
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -55,7 +59,7 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, length: int) -> PreTra
     )
 
 
-def build_model(tokenizer, args: argparse.Namespace) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
     end = tokenizer.eos_token_id
     return LlamaForCausalLM(
         LlamaConfig(
@@ -81,7 +85,7 @@ def add_dropout(model: LlamaForCausalLM, p: float) -> list:
     One mask for all tokens of a row costs next to nothing.
     """
 
-    def hook(module, args, output):
+    def hook(module: Any, args: Any, output: Any) -> Any:
         if not module.training:
             return output
         mask = output.new_full((output.shape[0], 1, output.shape[-1]), 1 - p).bernoulli_()
@@ -93,7 +97,9 @@ def add_dropout(model: LlamaForCausalLM, p: float) -> list:
     return [branch.register_forward_hook(hook) for branch in branches]
 
 
-def shuffled_rows(texts: list[list[int]], length: int, rng: random.Random):
+def shuffled_rows(
+    texts: list[list[int]], length: int, rng: random.Random
+) -> Iterator[torch.Tensor]:
     """Endless rows of `length` + 1 tokens; documents reordered, so cut elsewhere, each time."""
     buffer: list[int] = []
     while True:
@@ -105,7 +111,7 @@ def shuffled_rows(texts: list[list[int]], length: int, rng: random.Random):
 
 
 @torch.no_grad()
-def mean_loss(model, batches: list[torch.Tensor]) -> float:
+def mean_loss(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
     """Mean negative log-likelihood per predicted token: every row but its first token."""
     training = model.training
     model.eval()
@@ -118,7 +124,7 @@ def mean_loss(model, batches: list[torch.Tensor]) -> float:
     return total / count
 
 
-def optimizers_of(model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, which needs fewer steps; AdamW for embeddings and norms."""
     matrices = [w for w in model.model.layers.parameters() if w.ndim == 2]
     gains = [w for w in model.parameters() if w.ndim == 1]
@@ -144,7 +150,9 @@ def schedule(progress: float, warmup: float = 0.02, floor: float = 0.01) -> floa
     return floor + (1 - floor) * cosine
 
 
-def train(model, tokenizer, args: argparse.Namespace) -> dict:
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> dict[str, Any]:
     """Trains in place, leaves the best weights in the model, returns the log."""
     texts = [
         [tokenizer.eos_token_id, *tokenizer.encode(text, verbose=False)]
@@ -293,7 +301,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"test perplexity {perplexity[None]:.2f}; saved in {args.out}")
 
 
-def save(model, tokenizer, log: dict, out: Path) -> None:
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict[str, Any], out: Path
+) -> None:
     """Everything is written beside `out` first, then each file replaced in one step."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
