@@ -105,13 +105,53 @@ def test_cosine_and_residual_by_their_definition(tiny_model, batches):
         x, f, y = (torch.cat([r[k].flatten(0, 1) for r in rows]).double() for k in range(3))
         missed = (y - f @ solved[i].weight.T - solved[i].bias).square().sum()
         # relative to n - 1 tokens in the score
-        expected = float(missed / x.square().sum())
+        expected = float(missed / len(x) * (1 / x.square().sum(-1)).mean())
         assert math.isclose(residual[i], expected, rel_tol=1.1 / len(x))
         expected = float(missed / (y - y.mean(0)).square().sum())
         assert math.isclose(nmse[i], expected, rel_tol=1e-5)
         assert math.isclose(
             cosine[i], 1 - float(F.cosine_similarity(x, x + y).mean()), rel_tol=1e-5
         )
+
+
+def test_a_few_enormous_tokens_do_not_decide_the_residual(tiny_model, batches):
+    """As real models have them. Every token before layer 2 has the scale of one embedding row."""
+    plain, massive = tiny_model(), tiny_model()
+    with torch.no_grad():  # one token of the vocabulary, behind two layers that do nothing
+        for model in (plain, massive):
+            for layer in model.model.layers[:3]:
+                layer.self_attn.o_proj.weight.mul_(0.05)
+                layer.mlp.down_proj.weight.zero_()
+        massive.model.embed_tokens.weight[7] *= 1e4
+    scores = {}
+    for name, model in (("plain", plain), ("massive", massive)):
+        cal = calibrate(model, batches)
+        scores[name] = {s.layer: s.score for s in cal.rank("residual")}
+    share = float(sum((ids == 7).sum() for ids in batches) / sum(ids.numel() for ids in batches))
+    assert 0 < share < 0.1
+    for i in range(4):
+        assert math.isclose(scores["massive"][i], scores["plain"][i], rel_tol=0.5)
+
+
+def test_a_calibration_without_the_inverse_squares_still_ranks(tiny_model, batches, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    cal = calibrate(tiny_model(), batches)
+    cal.save(tmp_path)
+    path = tmp_path / "calibration.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        kept = {n: file.get_tensor(n) for n in file.keys() if "inverse_square" not in n}  # noqa: SIM118
+    save_file(kept, path, metadata)
+    old = nbl.Calibration.load(tmp_path)
+    with pytest.warns(UserWarning, match="calibrate again"):
+        scores = old.rank("residual")
+    for score in scores:
+        nmse = float(cal.solve()[score.layer].nmse)
+        power = float(cal.moments(score.layer).cov_tt.diagonal().sum())
+        assert math.isclose(score.score, nmse * power / cal.mean_square(score.layer), rel_tol=1e-9)
+    assert old.rank("nmse") == cal.rank("nmse")
 
 
 @pytest.mark.parametrize("features", ["post-norm", "pre-norm"])

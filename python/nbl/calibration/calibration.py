@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +83,9 @@ class Calibration:
         # rest.
         block_dim = hidden_size if features == "post-norm" else 0
         self._accumulators = {}
-        self._sums = {}  # per layer: the sums of cos(x, z) and of ||x||² over tokens, float64
+        # Per layer: the sums of cos(x, z), ||x||² and 1 / ||x||² over tokens, float64. The last is
+        # NaN in files of versions that did not keep it.
+        self._sums = {}
         for i in self.layers:
             where = None if device is None else device[i]
             sizes = {"block_dim": block_dim, "device": where}
@@ -91,7 +95,7 @@ class Calibration:
                 filters = {"lags": memory.lags, "decays": memory.decays}
                 accumulator = nk.MemoryAccumulator(hidden_size, hidden_size, **filters, **sizes)
             self._accumulators[i] = accumulator
-            self._sums[i] = torch.zeros(2, dtype=torch.float64, device=where)
+            self._sums[i] = torch.zeros(3, dtype=torch.float64, device=where)
 
     @property
     def tokens(self) -> int:
@@ -141,8 +145,12 @@ class Calibration:
         return self._mean(layer)[0]
 
     def mean_square(self, layer: int) -> float:
-        """E||x||²."""
+        """E||x||². A few tokens of enormous norm may make most of it."""
         return self._mean(layer)[1]
+
+    def mean_inverse_square(self, layer: int) -> float:
+        """E[1 / ||x||²], tokens with x = 0 left out; NaN in calibrations before version 0.3."""
+        return self._mean(layer)[2]
 
     def cca_bounds(self) -> dict[int, float]:
         """{layer: Σᵢ(1 - ρᵢ²)}, ρ the canonical correlations of f (φ) and z (Thm 3.2)."""
@@ -212,7 +220,10 @@ class Calibration:
     ) -> list[LayerScore]:
         """The layers in the order in which to replace them, ties by their id.
 
-        residual: E||y - W f - b||² / E||x||², what the map misses relative to the residual stream.
+        residual: E||y - W f - b||² · E[1 / ||x||²], what the map misses relative to each token's own
+        residual stream, which is what the next norm sees. (The mean of the quotients themselves, to
+        some per cent: e and x are nearly independent. The quotient of the means is not: a few
+        tokens of enormous norm would decide it.)
         nmse: E||y - W f - b||² / tr C_yy.
         cca: Σᵢ(1 - ρᵢ²), ρ the canonical correlations of f and x + y; the paper's bound (Thm 3.2).
         cosine: 1 - E cos(x, x + y), by which layers are dropped.
@@ -289,7 +300,8 @@ class Calibration:
         for i in self.layers:
             state = self._accumulators[i].state_dict()
             tensors |= {f"layers.{i}.moments.{name}": t for name, t in state.items()}
-            tensors[f"layers.{i}.cosine_and_square"] = self._sums[i]
+            tensors[f"layers.{i}.cosine_and_square"] = self._sums[i][:2]
+            tensors[f"layers.{i}.inverse_square"] = self._sums[i][2:]
         tensors |= {f"layers.{i}.down_proj": weight for i, weight in self.down_proj.items()}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         write_atomically(folder / JSON_FILE, lambda path: path.write_text(header + "\n"))
@@ -345,11 +357,15 @@ class Calibration:
         for i in self.layers:
             prefix = f"layers.{i}.moments."
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            sums = tensors[f"layers.{i}.cosine_and_square"]
-            if sums.shape != (2,) or sums.dtype != torch.float64:
-                raise ValueError(f"layers.{i}.cosine_and_square: expected 2 float64, got {sums}")
+            unknown = torch.full((1,), math.nan, dtype=torch.float64)
+            sums = [
+                tensors[f"layers.{i}.cosine_and_square"],
+                tensors.get(f"layers.{i}.inverse_square", unknown),
+            ]
+            if [(s.shape, s.dtype) for s in sums] != [((n,), torch.float64) for n in (2, 1)]:
+                raise ValueError(f"layers.{i}: expected 2 and 1 float64 sums, got {sums}")
             self._accumulators[i].load_state_dict(state)
-            self._sums[i].copy_(sums)
+            self._sums[i].copy_(torch.cat(sums))
 
     def _header(self) -> dict[str, Any]:
         more: dict[str, Any] = {}  # than the first version knew
@@ -374,9 +390,17 @@ class Calibration:
         }
 
     def _relative_power(self, layer: int) -> float:
-        """tr(C_yy) / E||x||²."""
+        """tr(C_yy) · E[1 / ||x||²]."""
         moments = self.moments(layer, decays=())  # of a memory's features as few as there can be
-        return float(moments.cov_tt.diagonal().sum()) / self.mean_square(layer)
+        inverse = self.mean_inverse_square(layer)
+        if math.isnan(inverse):
+            warnings.warn(
+                "this calibration is of a version that kept no E[1 / ||x||²]: residual is relative "
+                "to E||x||², which a few tokens may decide; calibrate again",
+                stacklevel=4,
+            )
+            inverse = 1 / self.mean_square(layer)
+        return float(moments.cov_tt.diagonal().sum()) * inverse
 
     @torch.no_grad()
     def _replacements(
@@ -434,8 +458,9 @@ class Calibration:
             x, z = x[mask], z[mask]
         x, z = x.float(), z.float()
         cosine = F.cosine_similarity(x, z, dim=-1).sum(dtype=torch.float64)
-        square = x.square().sum(-1).sum(dtype=torch.float64)
-        self._sums[layer] += torch.stack((cosine, square))
+        squares = x.square().sum(-1)
+        inverse = torch.where(squares > 0, 1 / squares, 0).sum(dtype=torch.float64)
+        self._sums[layer] += torch.stack((cosine, squares.sum(dtype=torch.float64), inverse))
 
     def _mean(self, layer: int) -> list[float]:
         self._check(layer)
