@@ -175,7 +175,9 @@ def chosen_layers(
                 f"layers: expected a number from 0 to {len(eligible)} (calibrated layers that "
                 f"still have attention), got {layers}"
             )
-        order = cal.rank(criterion, model=model, batches=batches, **options) if layers else []
+        more = {"count": layers} if criterion == "greedy" else {}
+        measured = {"model": model, "batches": batches}
+        order = cal.rank(criterion, **measured, **options, **more) if layers else []
         layers = [score.layer for score in order if score.layer in eligible][:layers]
     layers = check_layers(model, layers)
     missing = [i for i in layers if i not in cal.layers]

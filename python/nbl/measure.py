@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from nbl_kernels.machine import in_turns
 
-from .calibration import CRITERIA, Calibration
+from .calibration import CRITERIA, MEASURED, Calibration
 from .layers.spec import linearized_layers
 from .linearize import drop as drop_attention
 from .linearize import linearize, restore
@@ -46,20 +46,29 @@ def score_layers(
     ridge: float = 1e-4,
     bias: bool = True,
     rank: int | None = None,
+    count: int | None = None,
 ) -> dict[str, list[float | None]]:
-    """{criterion: score of layer 0, 1, ...}; "loss" only where a model and batches are given.
+    """{criterion: score of layer 0, 1, ...}; "loss" only where a model and batches are given, and
+    with a `count` "greedy" for so many layers, and "loss" as the first step of that measured it.
 
-    None stands for a layer that was not calibrated. `ridge`, `bias`, `rank`: of the maps.
+    None stands for a layer that was not scored. `ridge`, `bias`, `rank`: of the maps.
     """
-    names = CRITERIA if model is not None and batches is not None else CRITERIA[1:]
-    scores = {}
-    for name in names:
-        measured = {"model": model, "batches": batches} if name == "loss" else {}
-        ranked = calibration.rank(name, ridge=ridge, bias=bias, rank=rank, **measured)
-        scores[name] = [None] * (max(s.layer for s in ranked) + 1)
-        for score in ranked:
-            scores[name][score.layer] = float(score.score)
-    return scores
+    maps = {"ridge": ridge, "bias": bias, "rank": rank}
+    found: dict[str, dict[int, float]] = {}
+    if model is not None and batches is not None and count is not None:
+        together, alone = calibration.greedy(model, batches, count, **maps)
+        found = {"greedy": together, "loss": alone}
+    elif model is not None and batches is not None:
+        ranked = calibration.rank("loss", model=model, batches=batches, **maps)
+        found = {"loss": {s.layer: s.score for s in ranked}}
+    for name in CRITERIA:
+        if name not in MEASURED:
+            found[name] = {s.layer: s.score for s in calibration.rank(name, **maps)}
+    total = 1 + max(calibration.layers)
+    return {
+        name: [None if i not in scores else float(scores[i]) for i in range(total)]
+        for name, scores in found.items()
+    }
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:

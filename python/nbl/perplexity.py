@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .batches import read_batches
+from .batches import Batch, read_batches
 from .layers.linearized import memory_arguments
 from .upstream import execution_device
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "eval_mode", "perplexity", "sum_nll"]
 
 # Logits are made for so many of them at a time (float32: 128 MiB), whatever the vocabulary.
 _LOGITS_AT_ONCE = 1 << 25
@@ -47,33 +47,39 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
     Raises:
         ValueError, TypeError: a bad batch, by its index; no token to predict.
     """
-    head = model.get_output_embeddings()
-    total = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    total, tokens = 0.0, 0
     with eval_mode(model):
         for batch in read_batches(batches, model):
-            ids = batch.input_ids
             inputs = batch.inputs | memory_arguments(model.base_model, batch)
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-            labels = ids[:, 1:]
-            predicted = None
-            if batch.attention_mask is not None:
-                predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-            elif batch.starts is not None:
-                predicted = ~batch.starts[:, 1:]
-            if predicted is not None:
-                hidden, labels = hidden[predicted], labels[predicted]
-            hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
-            rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
-            for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
-                logits = head(h.to(execution_device(head))).float()
-                nll = F.cross_entropy(logits, label.to(logits.device), reduction="none")
-                total += nll.double().sum().cpu()
-            tokens += labels.numel()
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+            nll, predicted = sum_nll(model, hidden, batch)
+            total, tokens = total + nll, tokens + predicted
     if tokens == 0:
         raise ValueError("batches: no token to predict; a sequence needs two tokens")
-    nll = total.item() / tokens
+    nll = total / tokens
     return Perplexity(value=math.exp(nll) if nll < 700 else math.inf, tokens=tokens, nll=nll)
+
+
+def sum_nll(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> tuple[float, int]:
+    """(the sum of -log p over the tokens of a batch that are predicted, how many these are); hidden
+    (B, T, d): what the head reads."""
+    head = model.get_output_embeddings()
+    hidden, labels = hidden[:, :-1], batch.input_ids[:, 1:]
+    predicted = None
+    if batch.attention_mask is not None:
+        predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+    elif batch.starts is not None:
+        predicted = ~batch.starts[:, 1:]
+    if predicted is not None:
+        hidden, labels = hidden[predicted], labels[predicted]
+    hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
+    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    total = torch.zeros((), dtype=torch.float64)
+    for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits = head(h.to(execution_device(head))).float()
+        nll = F.cross_entropy(logits, label.to(logits.device), reduction="none")
+        total += nll.double().sum().cpu()
+    return total.item(), labels.numel()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import nbl_kernels as nk
 
 from . import measure
-from .calibration import CRITERIA, Calibration, calibrate
+from .calibration import CRITERIA, MEASURED, Calibration, calibrate
 from .checks import check_layers, check_model, check_no_draft
 from .layers.spec import linearized_layers
 from .linearize import drop as drop_attention
@@ -116,8 +116,8 @@ def compress(
         layers: how many, or which.
         preset: "paper": pre-norm features, criterion "cca", 256 sequences of 2048 tokens, where
             nothing else is given.
-        criterion: see :meth:`nbl.Calibration.rank`. Default: "loss" (on the first 16,384 tokens of
-            the text); without text "residual"; with `drop` "cosine".
+        criterion: see :meth:`nbl.Calibration.rank`. Default: "greedy" (on the first 16,384 tokens
+            of the text); without text "residual"; with `drop` "cosine".
         features, memory: see :func:`nbl.calibrate`; of a `calibration` that is given, its own.
         ridge, bias, rank: of the maps, see :meth:`nbl.Calibration.solve`.
         sequential, refit_mlp: see :func:`nbl.linearize`.
@@ -170,7 +170,7 @@ def compress(
                 raise ValueError(f"{name}: expected {own}, as the calibration has, got {asked}")
         features, memory = calibration.features, calibration.memory
     documents = list(text or ())
-    fallback = "cosine" if drop else "loss" if documents else "residual"
+    fallback = "cosine" if drop else "greedy" if documents else "residual"
     criterion = criterion or recipe.get("criterion") or fallback
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
@@ -182,7 +182,7 @@ def compress(
                 "that one has not seen"
             )
         documents, held_out = split_documents(documents)
-    needs_text = calibration is None or sequential or (by_number and criterion == "loss")
+    needs_text = calibration is None or sequential or (by_number and criterion in MEASURED)
     if needs_text and not documents:
         raise ValueError("text: expected documents to read, got none")
     watch = watch or (lambda batches, what, passes: batches)
@@ -203,10 +203,13 @@ def compress(
         options = {"features": features or "post-norm", "memory": memory, "progress": False}
         calibration = calibrate(model, read, **options)
     fitted = {"ridge": ridge, "bias": bias, "rank": rank}
-    sample = None
-    if by_number and criterion == "loss":
-        sample = watch(_first(batches, LOSS_TOKENS), "ranking layers", len(calibration.layers) + 1)
-    scores = measure.score_layers(calibration, model=model, batches=sample, **fitted)
+    measured = {}
+    if by_number and criterion in MEASURED:
+        passes = layers if criterion == "greedy" else len(calibration.layers) + 1
+        sample = watch(_first(batches, LOSS_TOKENS), "ranking layers", passes)
+        count = layers if criterion == "greedy" else None
+        measured = {"model": model, "batches": sample, "count": count}
+    scores = measure.score_layers(calibration, **measured, **fitted)
     chosen = _order(scores[criterion])[:layers] if by_number else layers
     if sequential:
         read = watch(batches, "fitting layer by layer", 1)
@@ -292,9 +295,10 @@ def make_batches(
 def disagreements(scores: dict[str, list[float | None]], count: int | None = None) -> list[str]:
     """A sentence for each criterion whose first `count` layers (default: half) are mostly others.
 
-    Compared is with "loss", which measures what the others estimate, or else with "residual".
+    Compared is with "greedy" or "loss", which measure what the others estimate, or else with
+    "residual".
     """
-    reference = "loss" if "loss" in scores else "residual"
+    reference = next(name for name in ("greedy", "loss", "residual") if name in scores)
     right = _order(scores[reference])
     count = count or max(1, len(right) // 2)
     notes = []

@@ -65,10 +65,10 @@ Features = Annotated[
     ),
 ]
 Criterion = Annotated[
-    Literal["loss", "residual", "cca", "nmse", "cosine"] | None,
+    Literal["greedy", "loss", "residual", "cca", "nmse", "cosine"] | None,
     typer.Option(
         help="Which layers go first.",
-        show_default="loss; residual without text; cosine with --drop",
+        show_default="greedy; residual without text; cosine with --drop",
     ),
 ]
 Memory = Annotated[

@@ -29,8 +29,9 @@ __all__ = ["HTML", "RECORD", "read_record", "render_html", "render_png"]
 
 HTML = "nbl_report.html"
 CRITERIA = {
+    "greedy": "loss added by the layers up to this one together, each the next to add the least",
     "loss": "loss added when this layer alone is linearized, nats per token",
-    "residual": "error of the linear map relative to the residual stream",
+    "residual": "error of the linear map relative to each token's residual stream",
     "cca": "CCA bound on the error (the paper's), Σ(1−ρ²)",
     "nmse": "error of the linear map relative to the attention output",
     "cosine": "cosine distance between the stream before and after attention, as in layer dropping",

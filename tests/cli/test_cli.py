@@ -85,7 +85,7 @@ def test_rank_warns_where_criteria_disagree():
 
 def test_compress_evaluates_and_saves(tiny, book, tmp_path):
     found = result_of("compress", tiny, "--text", book, "--layers", 2, "--sweep", "-o", "out")
-    assert found["choice"]["criterion"] == "loss" and len(found["choice"]["layers"]) == 2
+    assert found["choice"]["criterion"] == "greedy" and len(found["choice"]["layers"]) == 2
     assert found["choice"]["features"] == "post-norm" and found["choice"]["bias"] is True
     assert set(found["choice"]["ridge_used"].values()) == {1e-4}
     dense, one, two = found["points"]
@@ -231,7 +231,7 @@ def test_compress_from_a_calibration(tiny, book, calibrated):
         "--eval-text",
         f"{book}/0.txt",
     )
-    assert found["choice"]["criterion"] == "loss" and found["points"][1]["perplexity"] > 1
+    assert found["choice"]["criterion"] == "greedy" and found["points"][1]["perplexity"] > 1
     assert "features: expected post-norm" in refusal_of(
         "compress",
         tiny,

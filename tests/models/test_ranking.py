@@ -199,6 +199,53 @@ def test_loss_is_the_measured_one(tiny_model, batches):
     assert nbl.linearized_layers(model) == sorted(s.layer for s in scores[:2])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("memory", [None, nbl.Memory()], ids=["one token", "memory"])
+def test_greedy_takes_the_layer_that_adds_least_to_those_before(tiny_model, batches, memory):
+    model = tiny_model(num_hidden_layers=5).train()
+    cal = calibrate(model, batches, memory=memory)
+    layers, state = list(model.model.layers), [m.training for m in model.modules()]
+    text = own_text(model)  # every change is a loss
+    scores = cal.rank("greedy", model=model, batches=iter(text), count=3)
+    assert all(a is b for a, b in zip(model.model.layers, layers, strict=True))
+    assert [m.training for m in model.modules()] == state
+    base, taken = nbl.perplexity(model, text).nll, []
+    for score in scores:
+        added = {}
+        for i in set(range(5)) - set(taken):
+            nbl.linearize(model, cal, [*taken, i])
+            added[i] = nbl.perplexity(model, text).nll - base
+            nbl.restore(model)
+        assert score.layer == min(added, key=added.get)
+        assert math.isclose(score.score, added[score.layer], rel_tol=1e-4, abs_tol=1e-6)
+        taken.append(score.layer)
+    assert [s.score for s in scores] == sorted(s.score for s in scores)
+    nbl.linearize(model, cal, 3, criterion="greedy", batches=text)
+    assert nbl.linearized_layers(model) == sorted(taken)
+    # the layers left are ranked with those taken in place
+    (rest,) = cal.rank("greedy", model=model, batches=text, count=1)
+    assert rest.layer not in taken and nbl.linearized_layers(model) == sorted(taken)
+
+
+def test_greedy_reads_masks_and_counts(tiny_model, batches):
+    model = tiny_model()
+    cal = calibrate(model, batches)
+    ids = batches[0]
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    padded = [{"input_ids": ids * mask, "attention_mask": mask}]
+    scores = cal.rank("greedy", model=model, batches=padded, count=1)
+    nbl.linearize(model, cal, [scores[0].layer])
+    linear = nbl.perplexity(model, padded).nll
+    nbl.restore(model)
+    assert math.isclose(scores[0].score, linear - nbl.perplexity(model, padded).nll, rel_tol=1e-4)
+    for count in (0, 5, True, 1.5):
+        with pytest.raises(ValueError, match="count: expected a number from 1 to 4"):
+            cal.rank("greedy", model=model, batches=padded, count=count)
+    with pytest.raises(ValueError, match="two tokens"):
+        cal.rank("greedy", model=model, batches=[ids[:, :1]], count=1)
+
+
 def test_a_failing_measurement_leaves_the_model(tiny_model, batches):
     model = tiny_model()
     cal = calibrate(model, batches)
@@ -219,7 +266,7 @@ def test_a_failing_measurement_leaves_the_model(tiny_model, batches):
 def test_bad_arguments(tiny_model, batches):
     model = tiny_model()
     cal = calibrate(model, batches)
-    with pytest.raises(ValueError, match="loss, residual, cca, nmse, cosine"):
+    with pytest.raises(ValueError, match="greedy, loss, residual, cca, nmse, cosine"):
         cal.rank("entropy")
     for kwargs in ({}, {"model": model}, {"batches": batches}):
         with pytest.raises(ValueError, match="model= and batches="):

@@ -24,7 +24,7 @@ from ..checks import check_model
 from ..layers.linearized import LinearizedDecoderLayer, linear_layer, map_spec
 from ..memory import Memory, MemoryMap
 from ..models import linearized_layers, model_type_of
-from .ranking import CRITERIA, LayerScore, loss_scores, ordered
+from .ranking import CRITERIA, Greedy, LayerScore, greedy, loss_scores, ordered
 from .store import (
     FORMAT,
     FORMAT_VERSION,
@@ -210,20 +210,21 @@ class Calibration:
 
     def rank(
         self,
-        criterion: Literal["loss", "residual", "cca", "nmse", "cosine"] = "residual",
+        criterion: Literal["greedy", "loss", "residual", "cca", "nmse", "cosine"] = "residual",
         *,
         model: PreTrainedModel | None = None,
         batches: Iterable[Any] | None = None,
         ridge: float = 1e-4,
         bias: bool = True,
         rank: int | None = None,
+        count: int | None = None,
     ) -> list[LayerScore]:
         """The layers in the order in which to replace them, ties by their id.
 
-        residual: E||y - W f - b||² · E[1 / ||x||²], what the map misses relative to each token's own
-        residual stream, which is what the next norm sees. (The mean of the quotients themselves, to
-        some per cent: e and x are nearly independent. The quotient of the means is not: a few
-        tokens of enormous norm would decide it.)
+        residual: E||y - W f - b||² · E[1 / ||x||²], what the map misses relative to each token's
+        own residual stream, which is what the next norm sees. (The mean of the quotients
+        themselves, to some per cent: e and x are nearly independent. The quotient of the means is
+        not: a few tokens of enormous norm would decide it.)
         nmse: E||y - W f - b||² / tr C_yy.
         cca: Σᵢ(1 - ρᵢ²), ρ the canonical correlations of f and x + y; the paper's bound (Thm 3.2).
         cosine: 1 - E cos(x, x + y), by which layers are dropped.
@@ -231,18 +232,20 @@ class Calibration:
         `model` is replaced; layers that are linearized in the model already are left out. The model
         is afterwards what it was.
 
+        greedy: `count` layers (default: half of those that are ranked), one after another: each
+        time the one that adds the least to the loss on `batches`, those before it replaced. The
+        score is what the layers up to it add together: what layers add alone does not add up
+        (:func:`nbl.calibration.ranking.greedy` says what it costs).
+
         ridge, bias and rank are those of the maps (:meth:`solve`); cca and cosine know no map.
         """
         if criterion not in CRITERIA:
             raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
         options = {"ridge": ridge, "bias": bias, "rank": rank}
-        if criterion == "loss":
-            if model is None or batches is None:
-                raise ValueError(
-                    'criterion "loss" measures the model: it needs model= and batches='
-                )
-            check_model(model)
-            self.check_model(model)
+        if criterion == "greedy":
+            scores = self.greedy(model, batches, count, **options).together
+        elif criterion == "loss":
+            self._check_measured(criterion, model, batches)
             scores = loss_scores(model, self._replacements(model, **options), batches)
         elif criterion == "cca":
             scores = self.cca_bounds()
@@ -253,6 +256,36 @@ class Calibration:
             if criterion == "residual":
                 scores = {i: nmse * self._relative_power(i) for i, nmse in scores.items()}
         return ordered(scores, criterion)
+
+    def greedy(
+        self,
+        model: PreTrainedModel | None,
+        batches: Iterable[Any] | None,
+        count: int | None = None,
+        *,
+        ridge: float = 1e-4,
+        bias: bool = True,
+        rank: int | None = None,
+    ) -> Greedy:
+        """The criterion greedy, with what the first step measured: (together, alone)."""
+        self._check_measured("greedy", model, batches)
+        options = {"ridge": ridge, "bias": bias, "rank": rank}
+        replacements = self._replacements(model, **options)
+        most = len(replacements)
+        count = max(1, most // 2) if count is None else count
+        if type(count) is not int or not 1 <= count <= most:
+            raise ValueError(f"count: expected a number from 1 to {most}, got {count!r}")
+        cheap = self.rank("residual", **options)
+        likely = [score.layer for score in cheap if score.layer in replacements]
+        return greedy(model, replacements, batches, count, likely)
+
+    def _check_measured(self, criterion: str, model: Any, batches: Any) -> None:
+        if model is None or batches is None:
+            raise ValueError(
+                f'criterion "{criterion}" measures the model: it needs model= and batches='
+            )
+        check_model(model)
+        self.check_model(model)
 
     def check_model(self, model: PreTrainedModel) -> None:
         """ValueError unless this was measured on a model of this type and size."""

@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 import nbl_kernels as nk
 
 from ..batches import Batch
-from ..layers.linearized import linear_layer, map_spec, memory_arguments
+from ..layers.linearized import linear_layer, map_spec
 from .calibration import Calibration
+from .partial import run_layers
 
 __all__ = ["calibrate_sequentially"]
 
@@ -79,7 +80,8 @@ def calibrate_sequentially(
                     down[i] = _refit(model, i, replacement, batches, compressed, above, ridge)
                     stack.enter_context(_weight(replacement.mlp.down_proj, down[i]))
                 compressed = [
-                    _run(model, {i: replacement}, batch, x) for batch, x in zip(batches, compressed)
+                    run_layers(model, {i: replacement}, batch, x)
+                    for batch, x in zip(batches, compressed)
                 ]
         original = above
         report(tokens * (i + 1) // (last + 1))
@@ -98,7 +100,7 @@ def _run_original(
 
     handle = layer.post_attention_layernorm.register_forward_pre_hook(hook)
     try:
-        above = [_run(model, {i: layer}, batch, x) for batch, x in zip(batches, stream)]
+        above = [run_layers(model, {i: layer}, batch, x) for batch, x in zip(batches, stream)]
     finally:
         handle.remove()
     return attended, above
@@ -125,46 +127,12 @@ def _refit(
     handle = projection.register_forward_pre_hook(hook)
     try:
         for batch, x, z in zip(batches, stream, wanted):
-            error = z.float() - _run(model, {i: layer}, batch, x).float()
+            error = z.float() - run_layers(model, {i: layer}, batch, x).float()
             acc.update(inputs[0], error.to(inputs[0].dtype), mask=batch.attention_mask)
     finally:
         handle.remove()
     change = nk.lmmse_solve(acc.moments(), ridge=ridge, bias=False).weight
     return (weight.double() + change).to(weight.dtype)
-
-
-# --- one layer at a time -------------------------------------------------------------------------
-
-
-class _Skip(nn.Module):
-    """In the place of a layer that is not run."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-
-def _run(model: PreTrainedModel, layers: dict[int, nn.Module], batch: Batch, x: Tensor) -> Tensor:
-    """The stream behind these layers, x before them: the model's own forward makes their masks and
-    rotations, the other layers and the last norm are skipped."""
-    inputs = {name: t for name, t in batch.inputs.items() if name != "input_ids"}
-    with _only(model, layers):
-        inputs |= memory_arguments(model.model, batch)
-        return model.model(inputs_embeds=x, **inputs, use_cache=False).last_hidden_state
-
-
-@contextmanager
-def _only(model: PreTrainedModel, layers: dict[int, nn.Module]) -> Iterator[None]:
-    base = model.model
-    own, norm = list(base.layers), base.norm
-    try:
-        for i in range(len(own)):
-            base.layers[i] = layers.get(i) or _Skip()
-        base.norm = _Skip()
-        yield
-    finally:
-        for i, layer in enumerate(own):
-            base.layers[i] = layer
-        base.norm = norm
 
 
 @contextmanager
