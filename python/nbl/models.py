@@ -49,6 +49,7 @@ from .upstream import (
     CACHE,
     FAMILY_NAMES,
     Cache,
+    forget_gguf,
     forward_arguments,
     give_no_pages,
     new_cache,
@@ -351,6 +352,7 @@ def become_nbl(model: PreTrainedModel) -> None:
     changes. The config object stays the same: the attention modules hold it too."""
     family = family_of(model)
     _announce_outputs(family)
+    forget_gguf(model)
     model.config.__class__ = family.nbl_config
     if getattr(model.config, "nbl", None) is None:
         model.config.nbl = config_entry({})

@@ -67,6 +67,12 @@ def try_saving(model: PreTrainedModel, tokenizer: Any, folder: str | os.PathLike
         parts = {"tokenizer": tokenizer, "configuration": model.config}
         if model.can_generate():
             parts["generation config"] = model.generation_config
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_serializable():
+            method = type(quantizer).__name__
+            raise ValueError(
+                f"model: expected one that can be saved again, but {method} cannot save its weights"
+            )
         for name, part in parts.items():
             try:
                 part.save_pretrained(folder)
@@ -120,7 +126,7 @@ def moment_bytes(
     else:
         filters = {"lags": memory.lags, "decays": memory.decays}
         sums = nk.MemoryAccumulator(size, size, **filters, **sizes).state_dict()
-    per_layer = sum(tensor.nbytes for tensor in sums.values()) + 2 * 8  # two sums of scalars
+    per_layer = sum(tensor.nbytes for tensor in sums.values()) + 3 * 8  # three sums of scalars
     if memory is not None:
         # A float32 row for the end of each sequence, or a float64 matrix of many.
         width = sums["end_sums"].numel()

@@ -38,7 +38,9 @@ __all__ = [
     "capture_once",
     "check_croppable",
     "execution_device",
+    "forget_gguf",
     "forward_arguments",
+    "gguf_arguments",
     "give_no_pages",
     "is_capturing_hook",
     "is_tested",
@@ -312,3 +314,28 @@ def capture_once(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """transformers hooks the layers once per base model: these two share layers."""
     output_capturing.maybe_install_capturing_hooks(model)
     other._output_capturing_hooks_installed = True
+
+
+# --- GGUF files ----------------------------------------------------------------------------------
+
+
+def gguf_arguments(file: str) -> dict[str, Any]:
+    """Of `from_pretrained`, for plain weights from a file: newer versions may leave quantized ones
+    in their blocks."""
+    config = getattr(transformers, "GgufConfig", None)
+    plain = {} if config is None else {"quantization_config": config(dequantize=True)}
+    return {"gguf_file": file, **plain}
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """A model from a GGUF file whose weights are plain is like any other, and can be saved: newer
+    versions still call it quantized."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not getattr(getattr(quantizer, "quantization_config", None), "dequantize", False):
+        return
+    if type(quantizer).__name__ != "GgufHfQuantizer":
+        return
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

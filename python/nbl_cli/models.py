@@ -8,7 +8,7 @@ from typing import Any
 import nbl
 import torch
 import transformers
-from nbl import measure, saving
+from nbl import gguf_file, measure, saving
 from nbl.selfcheck import check_installed
 from nbl.text import Document, load_texts
 
@@ -31,7 +31,15 @@ def load(name: str, dtype: str, device: str, weights: str | None = None):
             raise ValueError("model: this installation of nbl lacks the demo model, give another")
         model, tokenizer = demo.load(torch.float32 if dtype == "auto" else getattr(torch, dtype))
         return model.to(target), tokenizer
-    expected = f"model: expected a folder with a model, a hub name or 'demo', got {name!r}"
+    expected = (
+        "model: expected a folder with a model, a .gguf file, a hub name, 'demo' or 'smollm2', "
+        f"got {name!r}"
+    )
+    if name == "smollm2" or name.lower().endswith(".gguf"):
+        path = gguf_file.smollm2() if name == "smollm2" else Path(name)
+        given = None if dtype == "auto" else getattr(torch, dtype)
+        model, tokenizer = gguf_file.load(path, given)
+        return model.to(target), tokenizer
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise ValueError(f"{expected}, which has no config.json")
     if not Path(name).exists() and (name.count("/") != 1 or name[0] in "./~") and "/" in name:

