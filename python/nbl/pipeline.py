@@ -53,7 +53,7 @@ class Compressed:
     scores: {criterion: the score of layer 0, 1, …}, None for a layer that was not calibrated.
     choice: how they were chosen and fitted (method, criterion, features, bias, rank, ridge, …).
     points: one dict for the dense model and one for each choice of layers (just `layers`, or with
-        `sweep` the first, the first two, …): layers, kv_bytes_per_token, with a memory state_bytes;
+        `sweep` its first ones): layers, kv_bytes_per_token, with a memory state_bytes;
         where it was evaluated perplexity, drop and drop_same, prefill and decode (tokens/s).
     notes: sentences for the user: criteria that disagree, a text that is short for the preset.
     calibration, maps: what was measured, and the maps of these layers, {layer: nk.Lmmse}.
@@ -94,7 +94,7 @@ def compress(
     evaluate: bool = False,
     eval_text: Iterable[Document] | None = None,
     eval_tokens: int = EVALUATION_TOKENS,
-    sweep: bool = False,
+    sweep: bool | Iterable[int] = False,
     max_tokens: int | None = None,
     length: int | None = None,
     batch_size: int | None = None,
@@ -126,7 +126,7 @@ def compress(
         evaluate: measure perplexity and speed, beside the dense model and beside dropping: on
             `eval_text`, or on a tenth of the documents, which the calibration then does not see.
         eval_tokens: at most so many of them.
-        sweep: measure every number of layers up to `layers`.
+        sweep: True: measure every number of layers up to `layers`; or only these numbers.
         max_tokens: read at most so many tokens. Default 262,144.
         length, batch_size: tokens per sequence (default 2048, or the model's limit), sequences per
             batch (default about 2048 tokens).
@@ -146,6 +146,8 @@ def compress(
             "model: expected one with all its attention layers, but it is compressed already: "
             "start from the original"
         )
+    sizes = None if isinstance(sweep, bool) else sorted(set(sweep))
+    sweep = bool(sweep)
     check_choices(drop=drop, memory=memory, sequential=sequential, refit_mlp=refit_mlp, sweep=sweep)
     if rank is not None and rank > model.config.hidden_size:
         raise ValueError(
@@ -158,6 +160,9 @@ def compress(
         )
     if not by_number:
         layers = check_layers(model, layers)
+    most = layers if by_number else len(layers)
+    if sizes is not None and not all(type(m) is int and 1 <= m <= most for m in sizes):
+        raise ValueError(f"sweep: expected True, False or numbers from 1 to {most}, got {sizes}")
     if preset not in (None, "paper"):
         raise ValueError(f"preset: expected None or 'paper', got {preset!r}")
     recipe = PAPER if preset else {}
@@ -188,8 +193,8 @@ def compress(
     watch = watch or (lambda batches, what, passes: batches)
     say = say or (lambda sentence: None)
     of_model = functools.partial(make_batches, model, tokenizer, batch_size=batch_size)
-    most = max_tokens or recipe.get("max_tokens") or CALIBRATION_TOKENS
-    batches = of_model(documents, length=length, max_tokens=most) if needs_text else []
+    limit = max_tokens or recipe.get("max_tokens") or CALIBRATION_TOKENS
+    batches = of_model(documents, length=length, max_tokens=limit) if needs_text else []
     eval_batches = of_model(held_out, length=length, max_tokens=eval_tokens) if held_out else []
     notes = []
     if preset and calibration is None and count_tokens(batches) < PAPER["max_tokens"]:
@@ -229,7 +234,7 @@ def compress(
     points, speed = _measure(
         model,
         calibration,
-        [chosen[:m] for m in range(1, len(chosen) + 1)] if sweep else [chosen],
+        [chosen[:m] for m in sizes or range(1, len(chosen) + 1)] if sweep else [chosen],
         _order(scores["cosine"]),
         eval_batches,
         {"bias": bias, "rank": rank, "maps": maps},
