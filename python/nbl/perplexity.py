@@ -19,8 +19,9 @@ from .upstream import execution_device
 
 __all__ = ["Perplexity", "eval_mode", "perplexity", "sum_nll"]
 
-# Logits are made for so many of them at a time (float32: 128 MiB), whatever the vocabulary.
-_LOGITS_AT_ONCE = 1 << 25
+# Logits are made for so many of them at a time, whatever the vocabulary: 32 MiB of float32, which
+# stay in a large cache (half the time of 128 MiB with 49,152 tokens, on two threads).
+_LOGITS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,212 @@
+"""A real model: perplexity on two kinds of text with so many attention layers replaced, by every
+kind of map and every criterion, beside dropping and the paper's recipe.
+
+The text of the calibration is one kind, its rest is held out; another kind is given beside it: maps
+fit the domain they are calibrated on. Files are arguments; nothing of them is written down but the
+figures.
+
+    python -m benchmarks.studies.real --text c4.jsonl --other wikitext.txt
+    python -m benchmarks.studies.real --text c4.jsonl --other wikitext.txt --only one-token,dropped
+    python -m benchmarks.studies.real … --counts 2,4 --calibration-tokens 8192 --json none
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbl
+import torch
+import transformers
+from nbl.text import load_texts
+from nbl_cli import models
+from torch import Tensor
+
+from benchmarks import results
+
+RESULT = results.FOLDER / "real.json"
+CONTEXT = 512
+ROWS = 8  # sequences of a batch
+CRITERIA = ("cosine", "nmse", "cca", "residual", "loss", "greedy")
+
+
+def rows(tokenizer: Any, documents: list[Any]) -> Tensor:
+    """Tokens (sequences, CONTEXT) of documents one after another, nothing added."""
+    parts = [
+        tokenizer(str(text) + "\n", add_special_tokens=False, verbose=False).input_ids
+        for text in documents
+    ]
+    tokens = torch.tensor([token for part in parts for token in part])
+    return tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+
+class Study:
+    """The model, its texts, and the perplexities with some layers replaced."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.model, tokenizer = models.load(options.model, options.dtype, "cpu")
+        sequences = options.calibration_tokens // CONTEXT
+        first = rows(tokenizer, load_texts([options.text]))
+        other = rows(tokenizer, load_texts([options.other]))
+        test = options.test_tokens // CONTEXT
+        if len(first) <= sequences:
+            raise SystemExit(f"--text: {len(first) * CONTEXT} tokens leave nothing held out")
+        self.calibration = list(first[:sequences].split(ROWS))
+        self.measured = self.calibration[: max(1, options.loss_tokens // (ROWS * CONTEXT))]
+        self.tests = {
+            "same kind": list(first[sequences : sequences + test].split(ROWS)),
+            "other kind": list(other[:test].split(ROWS)),
+        }
+        self.base = self.perplexities()
+        self.counts: list[int] = options.counts
+
+    def perplexities(self) -> dict[str, float]:
+        return {name: nbl.perplexity(self.model, t).value for name, t in self.tests.items()}
+
+    def curve(self, replace: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """With each number of layers replaced: replace(count) says which layers they are."""
+        points = []
+        for count in self.counts:
+            try:
+                layers = replace(count)
+                points.append({"layers": sorted(layers), **self.perplexities()})
+            finally:
+                nbl.restore(self.model)
+        return points
+
+    def order(self, cal: nbl.Calibration, criterion: str, **maps: Any) -> list[int]:
+        measured: dict[str, Any] = {}
+        if criterion in ("loss", "greedy"):
+            measured = {"model": self.model, "batches": self.measured}
+        if criterion == "greedy":
+            measured["count"] = max(self.counts)
+        return [score.layer for score in cal.rank(criterion, **measured, **maps)]
+
+
+def kinds(size: int) -> dict[str, dict[str, Any]]:
+    """{name: what is calibrated and solved, and the criteria that choose its layers}."""
+    memory = nbl.Memory()
+    return {
+        "paper": {"features": "pre-norm", "criteria": ("cca",)},
+        "one-token": {"criteria": CRITERIA},
+        "memory-full": {"memory": memory, "criteria": ("residual", "greedy")},
+        "memory-d4": {"memory": memory, "rank": size // 4, "criteria": ("greedy",)},
+        "memory-d8": {"memory": memory, "rank": size // 8, "criteria": ("residual", "greedy")},
+    }
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    study = Study(options)
+    model = study.model
+    found: list[dict[str, Any]] = []
+    options.save(found, study)
+    cals: dict[tuple[Any, ...], nbl.Calibration] = {}
+
+    def add(kind: str, criterion: str, seconds: float, replace: Callable[[int], Any]) -> None:
+        row = {"kind": kind, "criterion": criterion, "seconds_to_choose": seconds}
+        found.append(row | {"points": study.curve(replace)})
+        shown = "  ".join(
+            f"{'/'.join(f'{point[name]:.2f}' for name in study.tests)}"
+            for point in found[-1]["points"]
+        )
+        print(f"  {kind:<12} {criterion:<9} {seconds:5.0f} s   {shown}", flush=True)
+        options.save(found, study)
+
+    for kind, about in kinds(model.config.hidden_size).items():
+        if kind not in options.only and not (kind == "one-token" and "dropped" in options.only):
+            continue
+        seen = {"features": about.get("features", "post-norm"), "memory": about.get("memory")}
+        key = tuple(seen.values())
+        if key not in cals:
+            cals[key] = nbl.calibrate(model, study.calibration, progress=False, **seen)
+        cal, maps = cals[key], {"rank": about.get("rank")}
+        if kind == "one-token" and "dropped" in options.only:
+            order = study.order(cal, "cosine")
+
+            def drop(count: int, order: list[int] = order) -> list[int]:
+                nbl.drop(model, order[:count])
+                return order[:count]
+
+            add("dropped", "cosine", 0.0, drop)
+        if kind not in options.only:
+            continue
+        for criterion in about["criteria"]:
+            start = time.perf_counter()
+            order = study.order(cal, criterion, **maps)
+            seconds = time.perf_counter() - start
+
+            def linearize(
+                count: int,
+                order: list[int] = order,
+                cal: nbl.Calibration = cal,
+                maps: dict[str, Any] = maps,
+            ) -> list[int]:
+                nbl.linearize(model, cal, order[:count], **maps)
+                return order[:count]
+
+            add(kind, criterion, seconds, linearize)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    everything = ("dropped", *kinds(8))
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", required=True, help="calibration, and held-out text of its kind")
+    parser.add_argument("--other", required=True, help="held-out text of another kind")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--counts", default="4,8,12,16", help="layers that are replaced")
+    parser.add_argument("--calibration-tokens", type=int, default=98_304)
+    parser.add_argument("--loss-tokens", type=int, default=8192, help="of loss and greedy")
+    parser.add_argument("--test-tokens", type=int, default=12_288, help="of each kind of text")
+    parser.add_argument("--only", default=",".join(everything), help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", default=str(RESULT), metavar="FILE", help="none: nowhere")
+    options = parser.parse_args()
+    options.counts = sorted(int(count) for count in options.counts.split(","))
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(everything):
+        parser.error(f"--only: expected some of {', '.join(everything)}, got {sorted(unknown)}")
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results.environment()  # that of the start
+    old = results.read(options.json)
+
+    def save(found: list[dict[str, Any]], study: Study) -> None:
+        if not found:
+            print(f"  the model itself: {study.base}", flush=True)
+            return
+        config = study.model.config
+        record = {
+            **results.stamp(),
+            "model": options.model,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "dtype": str(study.model.dtype).removeprefix("torch."),
+            "texts": {"same kind": Path(options.text).name, "other kind": Path(options.other).name},
+            "calibration_tokens": sum(batch.numel() for batch in study.calibration),
+            "loss_tokens": sum(batch.numel() for batch in study.measured),
+            "test_tokens": options.test_tokens,
+            "context": CONTEXT,
+            "base": study.base,
+        }
+        # What an earlier run measured of other kinds, on the same model and texts, stays.
+        facts = [name for name in record if name not in ("date", "environment", "rows")]
+        if all(old.get(name) == record[name] for name in facts):
+            measured = {(row["kind"], row["criterion"]) for row in found}
+            kept = [r for r in old["rows"] if (r["kind"], r["criterion"]) not in measured]
+            found = [*kept, *found]
+        results.save(options.json, record | {"rows": found})
+
+    options.save = save
+    measure(options)
+
+
+if __name__ == "__main__":
+    main()
