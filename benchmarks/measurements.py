@@ -209,6 +209,33 @@ def retrieval() -> str:
     return grid(head, rows) + said
 
 
+# --- a real model ---------------------------------------------------------------------------------
+
+KINDS = {  # in real.json: in a table
+    "dropped": "attention dropped",
+    "paper": "the paper's recipe: pre-norm features",
+    "one-token": "one token",
+    "memory-full": "memory, full rank",
+    "memory-d4": "memory, rank d/4",
+    "memory-d8": "memory, rank d/8",
+}
+
+
+def real() -> str:
+    record, said = of_study("real", "--text TEXT --other OTHER")
+    counts = [len(point["layers"]) for point in record["rows"][0]["points"]]
+    nothing = ["the model itself", "", *[""] * len(counts)]
+    base = record["base"]
+    nothing[2] = f"{base['same kind']:.2f} / {base['other kind']:.2f}"
+    rows = [nothing]
+    for row in sorted(record["rows"], key=lambda row: list(KINDS).index(row["kind"])):
+        cells = (f"{p['same kind']:.1f} / {p['other kind']:.1f}" for p in row["points"])
+        rows.append([KINDS[row["kind"]], row["criterion"], *cells])
+    total = record["num_hidden_layers"]
+    head = ["in the place of attention", "layers by", *(f"{m} of {total}" for m in counts)]
+    return grid(head, rows) + said
+
+
 # --- speed ----------------------------------------------------------------------------------------
 
 
@@ -380,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
         memory_speed,
         demo_speed,
         retrieval,
+        real,
         engines,
         quantization,
         speculative,

@@ -36,7 +36,7 @@ def load(
             path.parent, dtype=dtype, **arguments
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model: transformers cannot read {str(path)!r}: {reason}") from error
     forget_gguf(model)

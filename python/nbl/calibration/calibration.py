@@ -149,7 +149,7 @@ class Calibration:
         return self._mean(layer)[1]
 
     def mean_inverse_square(self, layer: int) -> float:
-        """E[1 / ||x||²], tokens with x = 0 left out; NaN in calibrations before version 0.3."""
+        """E[1 / ||x||²], tokens with x = 0 left out; NaN in calibrations that did not keep it."""
         return self._mean(layer)[2]
 
     def cca_bounds(self) -> dict[int, float]:
