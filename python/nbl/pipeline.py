@@ -34,7 +34,7 @@ __all__ = [
     "make_batches",
 ]
 
-LOSS_TOKENS = 16_384  # of the calibration text, one pass per layer: enough for a stable order
+LOSS_TOKENS = 16_384  # of the calibration text, on which greedy and loss measure layers
 CALIBRATION_TOKENS = 262_144  # 64 per feature dimension at width 4096
 EVALUATION_TOKENS = 65_536
 # The recipe of arXiv 2505.21077: 256 sequences of 2048 tokens.
@@ -96,6 +96,7 @@ def compress(
     eval_tokens: int = EVALUATION_TOKENS,
     sweep: bool | Iterable[int] = False,
     max_tokens: int | None = None,
+    loss_tokens: int = LOSS_TOKENS,
     length: int | None = None,
     batch_size: int | None = None,
     watch: Watch | None = None,
@@ -116,7 +117,7 @@ def compress(
         layers: how many, or which.
         preset: "paper": pre-norm features, criterion "cca", 256 sequences of 2048 tokens, where
             nothing else is given.
-        criterion: see :meth:`nbl.Calibration.rank`. Default: "greedy" (on the first 16,384 tokens
+        criterion: see :meth:`nbl.Calibration.rank`. Default: "greedy" (on the first `loss_tokens`
             of the text); without text "residual"; with `drop` "cosine".
         features, memory: see :func:`nbl.calibrate`; of a `calibration` that is given, its own.
         ridge, bias, rank: of the maps, see :meth:`nbl.Calibration.solve`.
@@ -128,6 +129,7 @@ def compress(
         eval_tokens: at most so many of them.
         sweep: True: measure every number of layers up to `layers`; or only these numbers.
         max_tokens: read at most so many tokens. Default 262,144.
+        loss_tokens: greedy and loss measure on so many of them.
         length, batch_size: tokens per sequence (default 2048, or the model's limit), sequences per
             batch (default about 2048 tokens).
         watch: called with (batches, what is done, passes) before batches are read so many times,
@@ -211,7 +213,7 @@ def compress(
     measured = {}
     if by_number and criterion in MEASURED:
         passes = layers if criterion == "greedy" else len(calibration.layers) + 1
-        sample = watch(_first(batches, LOSS_TOKENS), "ranking layers", passes)
+        sample = watch(_first(batches, loss_tokens), "ranking layers", passes)
         count = layers if criterion == "greedy" else None
         measured = {"model": model, "batches": sample, "count": count}
     scores = measure.score_layers(calibration, **measured, **fitted)

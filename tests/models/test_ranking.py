@@ -233,7 +233,7 @@ def test_greedy_reads_masks_and_counts(tiny_model, batches):
     ids = batches[0]
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
-    padded = [{"input_ids": ids * mask, "attention_mask": mask}]
+    padded = [{"input_ids": ids * mask, "attention_mask": mask}, *batches[1:5]]
     scores = cal.rank("greedy", model=model, batches=padded, count=1)
     nbl.linearize(model, cal, [scores[0].layer])
     linear = nbl.perplexity(model, padded).nll
