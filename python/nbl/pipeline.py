@@ -165,6 +165,8 @@ def compress(
     most = layers if by_number else len(layers)
     if sizes is not None and not all(type(m) is int and 1 <= m <= most for m in sizes):
         raise ValueError(f"sweep: expected True, False or numbers from 1 to {most}, got {sizes}")
+    if type(loss_tokens) is not int or loss_tokens < 2:
+        raise ValueError(f"loss_tokens: expected an int from 2 on, got {loss_tokens!r}")
     if preset not in (None, "paper"):
         raise ValueError(f"preset: expected None or 'paper', got {preset!r}")
     recipe = PAPER if preset else {}

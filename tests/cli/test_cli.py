@@ -68,6 +68,14 @@ def test_calibrate_and_rank(tiny, book, tmp_path):
     assert all(sorted(order) == [0, 1, 2, 3] for order in ranked["order"].values())
     with_loss = result_of("rank", "cal", "--model", tiny, "--text", book, "--max-tokens", 500)
     assert set(with_loss["scores"]) == {"loss", *found["scores"]}
+    measured = ("--model", tiny, "--text", book, "--max-tokens", 500)
+    greedy = result_of("rank", "cal", *measured, "--layers", 2)
+    assert set(greedy["scores"]) == {"greedy", "loss", *found["scores"]}
+    assert len(greedy["order"]["greedy"]) == 2 and len(greedy["order"]["loss"]) == 4
+    assert "layers: expected --model" in refusal_of("rank", "cal", "--layers", 2)
+    assert "count: expected a number from 1 to 4" in refusal_of(
+        "rank", "cal", *measured, "--layers", 5
+    )
 
 
 def test_our_own_warnings_are_notes(tiny, book):

@@ -137,6 +137,8 @@ def test_the_papers_preset(compress):
         ({"rank": 64}, "rank: expected at most 32"),
         ({"drop": True, "memory": nbl.Memory()}, "drop: expected neither"),
         ({"refit_mlp": True}, "refit_mlp: expected sequential"),
+        ({"loss_tokens": 1}, "loss_tokens: expected an int"),
+        ({"sweep": [1, 9]}, "sweep: expected True, False or numbers from 1 to 2"),
         ({"sequential": True, "sweep": True}, "sequential: expected no sweep"),
         ({"length": 1000}, "length: expected at most 128"),
         ({"text": None}, "text: expected documents"),

@@ -20,6 +20,15 @@ def rank(
         typer.Option(metavar="MODEL", help="With --text: measures the criterion loss, too."),
     ] = None,
     text: Texts = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="M",
+            min=1,
+            help="With --text: measures the criterion greedy, too, for so many layers.",
+            show_default="no greedy",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=2, help="Measure the loss on so many tokens.")
     ] = LOSS_TOKENS,
@@ -32,10 +41,12 @@ def rank(
 ) -> dict:
     """Show in which order each criterion would replace the layers, and where they disagree.
 
-    Example: `nbl rank cal --model meta-llama/Llama-3.2-1B --text book.txt`
+    Example: `nbl rank cal --model meta-llama/Llama-3.2-1B --text book.txt --layers 6`
     """
     if text and not model:
         raise ValueError("model: expected --model with --text, which the criterion loss needs")
+    if layers is not None and not model:
+        raise ValueError("layers: expected --model and --text with --layers, which greedy needs")
     import nbl
     from nbl import measure, pipeline
 
@@ -52,7 +63,9 @@ def rank(
         scores = measure.score_layers(
             found,
             model=loaded,
-            batches=batches and watch(batches, "measuring the loss", passes=len(found.layers) + 1),
+            batches=batches
+            and watch(batches, "measuring the loss", passes=layers or len(found.layers) + 1),
+            count=layers,
         )
     notes = pipeline.disagreements(scores)
     show_scores(scores)
