@@ -169,6 +169,7 @@ def measure_points(
     cosine_order: Sequence[int],
     *,
     batches: Iterable[Any] | None = None,
+    other: Iterable[Any] | None = None,
     options: dict[str, Any] | None = None,
     drop: bool = False,
     watch: Callable = lambda batches, what: batches,
@@ -178,20 +179,27 @@ def measure_points(
     KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions;
     and, with a memory, its state bytes per sequence.
     With `batches`, the perplexity of NBL, of dropping as many layers in `cosine_order`, and of
-    dropping the same layers. `options` go to `nbl.linearize`; `watch` may wrap the batches of each
-    pass, to show progress.
+    dropping the same layers; with `other`, batches of another kind of text, on these too the first
+    two of them. `options` go to `nbl.linearize`; `watch` may wrap the batches of each pass, to show
+    progress.
     """
-    after_drop: dict[frozenset, float] = {}
+    texts = {"perplexity": batches, "other": other}
+    texts = {name: text for name, text in texts.items() if text is not None}
+    after_drop: dict[frozenset, dict[str, float]] = {}
 
-    def measured(name: str) -> float:
-        return perplexity(model, watch(batches, f"perplexity, {name}")).value
+    def measured(name: str) -> dict[str, float]:
+        found = {}
+        for text, read in texts.items():
+            what = f"perplexity, {name}" + (", other text" if text == "other" else "")
+            found[text] = perplexity(model, watch(read, what)).value
+        return found
 
-    def perplexity_dropped(layers: Sequence[int], name: str) -> dict[str, Any]:
+    def measured_dropped(layers: Sequence[int], name: str) -> dict[str, float]:
         key = frozenset(layers)
         if key not in after_drop:
             with dropped(model, layers):
                 after_drop[key] = measured(name)
-        return {"layers": list(layers), "perplexity": after_drop[key]}
+        return after_drop[key]
 
     points = []
     for layers in [[], *map(list, choices)]:
@@ -203,10 +211,20 @@ def measure_points(
                 point["state_bytes"] = state_bytes(model)
         if batches is not None:
             with variant(model, calibration, layers, options):
-                point["perplexity"] = measured(f"NBL-{m}" if m else "dense")
+                found = measured(f"NBL-{m}" if m else "dense")
+            point["perplexity"] = found["perplexity"]
+            if other is not None:
+                point["other"] = {"perplexity": found["other"]}
             if m:
-                point["drop"] = perplexity_dropped(cosine_order[:m], f"drop-{m} by cosine")
-                point["drop_same"] = perplexity_dropped(layers, f"drop-{m}, same layers")
+                by_cosine = measured_dropped(cosine_order[:m], f"drop-{m} by cosine")
+                same = measured_dropped(layers, f"drop-{m}, same layers")
+                point["drop"] = {
+                    "layers": list(cosine_order[:m]),
+                    "perplexity": by_cosine["perplexity"],
+                }
+                point["drop_same"] = {"layers": layers, "perplexity": same["perplexity"]}
+                if other is not None:
+                    point["other"]["drop"] = by_cosine["other"]
         points.append(point)
     return points
 

@@ -37,6 +37,7 @@ __all__ = [
 LOSS_TOKENS = 16_384  # of the calibration text, on which greedy and loss measure layers
 CALIBRATION_TOKENS = 262_144  # 64 per feature dimension at width 4096
 EVALUATION_TOKENS = 65_536
+_PARTED = 1.5  # times the rise on text of the calibration's kind: the other text is worth a note
 # The recipe of arXiv 2505.21077: 256 sequences of 2048 tokens.
 PAPER = {"features": "pre-norm", "criterion": "cca", "length": 2048, "max_tokens": 256 * 2048}
 
@@ -54,10 +55,11 @@ class Compressed:
     choice: how they were chosen and fitted (method, criterion, features, bias, rank, ridge, …).
     points: one dict for the dense model and one for each choice of layers (just `layers`, or with
         `sweep` its first ones): layers, kv_bytes_per_token, with a memory state_bytes;
-        where it was evaluated perplexity, drop and drop_same, prefill and decode (tokens/s).
+        where it was evaluated perplexity, drop and drop_same, prefill and decode (tokens/s); other:
+        {perplexity, drop} on the other text.
     notes: sentences for the user: criteria that disagree, a text that is short for the preset.
     calibration, maps: what was measured, and the maps of these layers, {layer: nk.Lmmse}.
-    text, evaluation: {"tokens", "length"} of the batches that were read; None: none were.
+    text, evaluation, other: {"tokens", "length"} of the batches that were read; None: none were.
     speed: how prefill and decode were measured, or None.
     """
 
@@ -71,6 +73,7 @@ class Compressed:
     maps: dict[int, nk.Lmmse]
     text: dict[str, int] | None = None
     evaluation: dict[str, int] | None = None
+    other: dict[str, int] | None = None
     speed: dict[str, int] | None = None
 
 
@@ -93,6 +96,7 @@ def compress(
     calibration: Calibration | None = None,
     evaluate: bool = False,
     eval_text: Iterable[Document] | None = None,
+    other_text: Iterable[Document] | None = None,
     eval_tokens: int = EVALUATION_TOKENS,
     sweep: bool | Iterable[int] = False,
     max_tokens: int | None = None,
@@ -126,7 +130,9 @@ def compress(
         calibration: use this instead of calibrating.
         evaluate: measure perplexity and speed, beside the dense model and beside dropping: on
             `eval_text`, or on a tenth of the documents, which the calibration then does not see.
-        eval_tokens: at most so many of them.
+        other_text: documents of another kind, to measure perplexity on as well: maps fit the kind
+            of text that they are calibrated on, and a note says where the two part.
+        eval_tokens: at most so many of them, of either.
         sweep: True: measure every number of layers up to `layers`; or only these numbers.
         max_tokens: read at most so many tokens. Default 262,144.
         loss_tokens: greedy and loss measure on so many of them.
@@ -184,6 +190,9 @@ def compress(
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
     held_out = list(eval_text or ())
+    others = list(other_text or ())
+    if others and not (evaluate or sweep or held_out):
+        raise ValueError("other_text: expected evaluate beside it")
     if (evaluate or sweep) and not held_out:
         if calibration is not None:
             raise ValueError(
@@ -200,6 +209,7 @@ def compress(
     limit = max_tokens or recipe.get("max_tokens") or CALIBRATION_TOKENS
     batches = of_model(documents, length=length, max_tokens=limit) if needs_text else []
     eval_batches = of_model(held_out, length=length, max_tokens=eval_tokens) if held_out else []
+    other_batches = of_model(others, length=length, max_tokens=eval_tokens) if others else []
     notes = []
     if preset and calibration is None and count_tokens(batches) < PAPER["max_tokens"]:
         notes = [
@@ -241,11 +251,13 @@ def compress(
         [chosen[:m] for m in sizes or range(1, len(chosen) + 1)] if sweep else [chosen],
         _order(scores["cosine"]),
         eval_batches,
+        other_batches,
         {"bias": bias, "rank": rank, "maps": maps},
         drop=drop,
         watch=watch,
         say=say,
     )
+    notes += _domain(points)
     if drop:
         drop_attention(model, chosen)
     else:
@@ -261,6 +273,7 @@ def compress(
         maps=maps,
         text=_size(batches),
         evaluation=_size(eval_batches),
+        other=_size(other_batches),
         speed=speed,
     )
 
@@ -322,6 +335,24 @@ def disagreements(scores: dict[str, list[float | None]], count: int | None = Non
     return notes
 
 
+def _domain(points: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence where the last point costs much more on the other text than on the first."""
+    if "other" not in points[0] or len(points) < 2:
+        return []
+    dense, last = points[0], points[-1]
+    same = last["perplexity"] / dense["perplexity"]
+    other = last["other"]["perplexity"] / dense["other"]["perplexity"]
+    if other < 1.05 or other - 1 < _PARTED * (same - 1):
+        return []
+    dropped = last["other"]["drop"] / dense["other"]["perplexity"]
+    return [
+        f"maps fit their calibration's kind of text: with {len(last['layers'])} layers replaced "
+        f"perplexity is {same:.2f} times the model's on held-out text of that kind, {other:.2f} "
+        f"times on the other text (dropping as many by cosine: {dropped:.2f}); calibrate on a mix "
+        "of what the model will read"
+    ]
+
+
 def _order(scores: Sequence[float | None]) -> list[int]:
     """The layers that have a score, the first to be replaced first."""
     known = [layer for layer, score in enumerate(scores) if score is not None]
@@ -357,6 +388,7 @@ def _measure(
     choices: list[list[int]],
     cosine_order: list[int],
     eval_batches: list[Tensor],
+    other_batches: list[Tensor],
     options: dict[str, Any],
     *,
     drop: bool,
@@ -364,11 +396,15 @@ def _measure(
     say: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
     """(points, how their speed was measured); the model is as it was afterwards."""
-    read = None
+    read = other = None
+    passes = 1 + 3 * len(choices)
     if eval_batches:
-        read = watch(eval_batches, "measuring perplexity", 1 + 3 * len(choices))
+        read = watch(eval_batches, "measuring perplexity", passes)
+    if other_batches:
+        other = watch(other_batches, "perplexity, other text", passes)
+    texts = {"batches": read, "other": other}
     points = measure.measure_points(
-        model, calibration, choices, cosine_order, batches=read, options=options, drop=drop
+        model, calibration, choices, cosine_order, **texts, options=options, drop=drop
     )
     if not eval_batches:
         return points, None

@@ -91,6 +91,17 @@ def read_held_out(
     return load_texts(found, max_chars=8 * max_tokens), found
 
 
+def read_other(
+    text: list[str] | None, read: list[str], max_tokens: int
+) -> tuple[list[Document] | None, list[str]]:
+    """(documents, sources) of another kind than what is read: as given, or what ships with nbl;
+    None where that is what is read."""
+    if not text and any("demo:" in source for source in read):
+        return None, []
+    found = list(text or ["demo:test"])
+    return load_texts(found, max_chars=8 * max_tokens), found
+
+
 def prepare_saving(model, tokenizer, folder: Path, layers: int, memory=None, rank=None) -> None:
     """Before the work: all that is saved but the weights, and room for these with so many maps."""
     saving.try_saving(model, tokenizer, folder)
@@ -123,7 +134,10 @@ def new_record(command: str, name: str, model) -> dict:
 
 
 def compressed_part(
-    compressed: nbl.Compressed, sources: list[str], eval_sources: list[str]
+    compressed: nbl.Compressed,
+    sources: list[str],
+    eval_sources: list[str],
+    other_sources: list[str] | None = None,
 ) -> dict[str, Any]:
     """What a record says of a compressed model, and of the texts that were read."""
     part = {
@@ -138,6 +152,8 @@ def compressed_part(
     if compressed.evaluation is not None:
         part["evaluation"] = {"text": eval_sources, **compressed.evaluation}
         part["speed"] = compressed.speed
+    if compressed.other is not None:
+        part["other"] = {"text": other_sources, **compressed.other}
     return part
 
 

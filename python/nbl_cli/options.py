@@ -142,6 +142,14 @@ EvalText = Annotated[
         metavar="PATH...", help="Text for --eval.", show_default="a tenth of the documents"
     ),
 ]
+OtherText = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH...",
+        help="With --eval: text of another kind than the calibration's, measured too.",
+        show_default="Python's documentation, which ships with nbl",
+    ),
+]
 EvalTokens = Annotated[int, typer.Option(min=2, help="Tokens for --eval.")]
 Sweep = Annotated[bool, typer.Option("--sweep", help="--eval for every number of layers up to M.")]
 

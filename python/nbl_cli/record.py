@@ -9,8 +9,9 @@ The record's parts, all optional but the first two:
     scores        {criterion: [score of layer 0, 1, ...]}, null for a layer not calibrated
     choice        {method, criterion, layers, bias, rank, ridge, ridge_used, nmse}
     points        [{layers, perplexity, kv_bytes_per_token, prefill, decode, drop: {layers,
-                  perplexity}, drop_same: {layers, perplexity}}, ...], the first one dense
-    evaluation    {text, tokens, length};  speed {prompt_tokens, new_tokens, repetitions}
+                  perplexity}, drop_same: {layers, perplexity}, other: {perplexity, drop}}, ...],
+                  the first one dense
+    evaluation, other  {text, tokens, length};  speed {prompt_tokens, new_tokens, repetitions}
     samples       {prompt, continuations: {name: text}};  notes [text, ...]
 """
 

@@ -154,6 +154,8 @@ def _measurements(record: dict) -> str:
         "perplexity": lambda p: plain_number(p.get("perplexity")),
         "drop, cosine": lambda p: plain_number(part_of(p, "drop").get("perplexity")),
         "drop, same": lambda p: plain_number(part_of(p, "drop_same").get("perplexity")),
+        "other text": lambda p: plain_number(part_of(p, "other").get("perplexity")),
+        "other text, drop": lambda p: plain_number(part_of(p, "other").get("drop")),
         "KV bytes/ token": lambda p: plain_number(p.get("kv_bytes_per_token")),
         "prefill tokens/s": lambda p: plain_number(p.get("prefill")),
         "decode tokens/s": lambda p: plain_number(p.get("decode")),
@@ -231,7 +233,7 @@ def _conditions(record: dict) -> str:
     ]
     if number(record.get("seconds")) is not None:
         rows.append(("duration", f"{record['seconds']:.0f} s"))
-    for part in ("conditions", "calibration", "evaluation", "speed", "choice"):
+    for part in ("conditions", "calibration", "evaluation", "other", "speed", "choice"):
         for key, value in part_of(record, part).items():
             if value is not None and value != [] and value != {}:
                 name = key if part == "conditions" else f"{part}: {key}"

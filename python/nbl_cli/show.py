@@ -117,6 +117,8 @@ def show_points(record: dict) -> None:
     table.add_column("layers")
     remembers = "state_bytes" in dense
     state = ("state\nbytes",) if remembers else ()
+    elsewhere = "other" in dense
+    quality = (*quality, "NBL,\nother text") if elsewhere else quality
     for name in (*quality, "KV bytes\n/token", *state, *speed):
         table.add_column(name, justify="right")
     for point in points:
@@ -129,6 +131,7 @@ def show_points(record: dict) -> None:
                 f"[bold]{point['perplexity']:.2f}[/]",
                 f"{point['drop']['perplexity']:.2f}" if m else "",
                 f"{point['drop_same']['perplexity']:.2f}" if m else "",
+                *([f"{point['other']['perplexity']:.2f}"] if elsewhere else []),
                 *cells,
                 *(
                     f"{point[kind]:,.0f} [dim]{point[kind] / dense[kind]:.2f}x[/]"

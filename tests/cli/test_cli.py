@@ -103,6 +103,9 @@ def test_compress_evaluates_and_saves(tiny, book, tmp_path):
     assert all(p["perplexity"] > 1 and p["prefill"] * p["decode"] > 0 for p in found["points"])
     assert one["drop"]["perplexity"] > 1 and two["drop_same"]["layers"] == two["layers"]
     assert found["evaluation"]["text"] == [f"held out of {book}"]
+    assert found["other"]["text"] == ["demo:test"] and found["other"]["tokens"] > 0
+    assert dense["other"].keys() == {"perplexity"} and two["other"].keys() == {"perplexity", "drop"}
+    assert two["other"]["perplexity"] != two["perplexity"]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import nbl
 import pytest
 import torch
+from nbl import pipeline
 from nbl.text import token_batches
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -65,6 +66,30 @@ def test_it_is_calibrate_rank_and_linearize(kind, compress, tiny_model, tokenize
     assert done.text == {"tokens": sum(b.numel() for b in batches), "length": 32}
     assert done.evaluation is None and done.speed is None
     assert set(done.maps) == set(done.layers) and set(done.scores) >= {"residual", "cca"}
+
+
+def test_a_note_says_where_two_kinds_of_text_part():
+    dense = {"layers": [], "perplexity": 10.0, "other": {"perplexity": 20.0}}
+    point = {"layers": [1, 2], "perplexity": 11.0, "other": {"perplexity": 26.0, "drop": 30.0}}
+    (note,) = pipeline._domain([dense, point])
+    assert "2 layers" in note and "1.10 times" in note and "1.30 times" in note and "1.50" in note
+    point["other"]["perplexity"] = 22.5  # 1.125: hardly worse than 1.1
+    assert pipeline._domain([dense, point]) == []
+    assert pipeline._domain([{"layers": [], "perplexity": 10.0}, {**point}]) == []
+
+
+def test_other_text_is_measured_too(compress, tiny_model, tokenizer, documents):
+    same, other = documents[:3], ["quite another text, over and over. " * 40]
+    done = compress(eval_text=same, other_text=other)
+    read = token_batches(tokenizer, other, length=32, batch_size=64)
+    assert done.other == {"tokens": sum(batch.numel() for batch in read), "length": 32}
+    dense, point = done.points
+    assert dense["other"]["perplexity"] == pytest.approx(nbl.perplexity(tiny_model(), read).value)
+    assert point["other"]["perplexity"] == pytest.approx(nbl.perplexity(done.model, read).value)
+    dropped = nbl.drop(tiny_model(), point["drop"]["layers"])
+    assert point["other"]["drop"] == pytest.approx(nbl.perplexity(dropped, read).value)
+    with pytest.raises(ValueError, match="other_text: expected evaluate"):
+        compress(other_text=other)
 
 
 def test_what_it_measures(compress, tiny_model, tokenizer, documents, tmp_path):

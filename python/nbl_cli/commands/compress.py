@@ -29,6 +29,7 @@ def compress(
     calibration: given.CalibrationFolder = None,
     evaluate: given.Evaluate = False,
     eval_text: given.EvalText = None,
+    other_text: given.OtherText = None,
     eval_tokens: given.EvalTokens = 65_536,
     sweep: given.Sweep = False,
     max_tokens: given.MaxTokens = None,
@@ -67,10 +68,12 @@ def compress(
         if known is None or text or model == "demo":
             most = max_tokens or (pipeline.PAPER["max_tokens"] if preset else CALIBRATION_TOKENS)
             documents, sources = models.read_texts(model, text, most)
-        evaluate = evaluate or sweep or bool(eval_text)
-        held_out, eval_sources = None, []
+        evaluate = evaluate or sweep or bool(eval_text or other_text)
+        held_out, eval_sources, other, other_sources = None, [], None, []
         if evaluate:
             held_out, eval_sources = models.read_held_out(model, eval_text, sources, eval_tokens)
+            read = sources + eval_sources
+            other, other_sources = models.read_other(other_text, read, eval_tokens)
         with progress() as watch:
             compressed = nbl.compress(
                 loaded,
@@ -88,6 +91,7 @@ def compress(
                 calibration=known,
                 evaluate=evaluate,
                 eval_text=held_out,
+                other_text=other,
                 eval_tokens=eval_tokens,
                 max_tokens=max_tokens,
                 length=length,
@@ -95,7 +99,7 @@ def compress(
                 watch=watch,
                 say=show_step,
             )
-        record |= models.compressed_part(compressed, sources, eval_sources)
+        record |= models.compressed_part(compressed, sources, eval_sources, other_sources)
         if known is not None:
             record["calibration"] = {"folder": str(calibration), "features": known.features}
         models.save(loaded, folder, record, start)
