@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             add("dropped", "cosine", 0.0, drop)
         if kind not in options.only:
             continue
-        for criterion in about["criteria"]:
+        for criterion in (c for c in about["criteria"] if c in options.criteria):
             start = time.perf_counter()
             order = study.order(cal, criterion, **maps)
             seconds = time.perf_counter() - start
@@ -165,11 +165,12 @@ def main() -> None:
     parser.add_argument("--loss-tokens", type=int, default=8192, help="of loss and greedy")
     parser.add_argument("--test-tokens", type=int, default=12_288, help="of each kind of text")
     parser.add_argument("--only", default=",".join(everything), help="default: %(default)s")
+    parser.add_argument("--criteria", default=",".join(CRITERIA), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", default=str(RESULT), metavar="FILE", help="none: nowhere")
     options = parser.parse_args()
     options.counts = sorted(int(count) for count in options.counts.split(","))
-    options.only = options.only.split(",")
+    options.only, options.criteria = options.only.split(","), options.criteria.split(",")
     if unknown := set(options.only) - set(everything):
         parser.error(f"--only: expected some of {', '.join(everything)}, got {sorted(unknown)}")
     torch.set_num_threads(options.threads)
