@@ -93,14 +93,6 @@ def demo() -> str:
     return grid(head, rows) + source("demo.json", "nbl demo", record["conditions"], record["date"])
 
 
-def summary() -> str:
-    """For the README: the shipped model, both kinds of map."""
-    remembered = curves(read(FOLDER / "memory.json"))["memory, rank d/8"]
-    rows = _demo_rows(read(FOLDER / "demo.json"), lambda _, count: f"{remembered[count]:.1f}")
-    head = ["layers replaced", "NBL, one token", "with a memory, rank d/8", "attention dropped"]
-    return grid([*head, "KV bytes per token", "decode"], rows)
-
-
 def curves(record: dict[str, Any]) -> dict[str, list[float]]:
     """{name: perplexity with 0, 1, 2, … layers replaced}."""
     base = record["base_perplexity"]
@@ -234,6 +226,38 @@ def real() -> str:
     total = record["num_hidden_layers"]
     head = ["in the place of attention", "layers by", *(f"{m} of {total}" for m in counts)]
     return grid(head, rows) + said
+
+
+def summary() -> str:
+    """For the README: the real model, the best known one-token maps beside both baselines."""
+    record = read(FOLDER / "real.json")
+    chosen = {
+        "the paper's recipe": ("paper", "cca"),
+        "attention dropped": ("dropped", "cosine"),
+    }
+    best = [row for row in record["rows"] if row["kind"] == "one-token"]
+    total, base = record["num_hidden_layers"], record["base"]
+    rows = []
+    for n, point in enumerate(best[0]["points"]):
+        count = len(point["layers"])
+        options = {row["criterion"]: row["points"][n] for row in best}
+        cells = [f"{count} of {total}"]
+        for criterion in ("greedy", "cosine"):
+            cells.append(_rises(options[criterion], base))
+        for kind, criterion in chosen.values():
+            found = next(
+                row
+                for row in record["rows"]
+                if (row["kind"], row["criterion"]) == (kind, criterion)
+            )
+            cells.append(_rises(found["points"][n], base))
+        rows.append([*cells, f"{1 - count / total:.0%}"])
+    head = ["layers replaced", "one-token maps, layers by greedy", "by cosine", *chosen]
+    return grid([*head, "KV cache"], rows)
+
+
+def _rises(point: dict[str, Any], base: dict[str, float]) -> str:
+    return " / ".join(f"{point[name] / base[name]:.2f}" for name in base)
 
 
 # --- speed ----------------------------------------------------------------------------------------

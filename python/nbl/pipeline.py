@@ -34,7 +34,7 @@ __all__ = [
     "make_batches",
 ]
 
-LOSS_TOKENS = 16_384  # of the calibration text, on which greedy and loss measure layers
+LOSS_TOKENS = 8192  # of the calibration text, on which greedy and loss measure layers
 CALIBRATION_TOKENS = 262_144  # 64 per feature dimension at width 4096
 EVALUATION_TOKENS = 65_536
 _PARTED = 1.5  # times the rise on text of the calibration's kind: the other text is worth a note

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import nbl
 
 # Those of nbl.pipeline, which --help does not import.
-LOSS_TOKENS = 16_384
+LOSS_TOKENS = 8192
 CALIBRATION_TOKENS = 262_144
 
 Model = Annotated[

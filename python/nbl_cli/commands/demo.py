@@ -99,7 +99,6 @@ def demo(
                 eval_tokens=max(64, max_tokens // 6),
                 sweep=counts,
                 max_tokens=max_tokens,
-                loss_tokens=min(8192, max_tokens),
                 length=None if shipped else min(512, length_limit(loaded)),
                 watch=watch,
                 say=show_step,
