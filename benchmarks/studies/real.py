@@ -107,6 +107,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def add(kind: str, criterion: str, seconds: float, replace: Callable[[int], Any]) -> None:
         row = {"kind": kind, "criterion": criterion, "seconds_to_choose": seconds}
+        row["commit"] = results.environment()["commit"]  # rows of several runs stand in one file
         found.append(row | {"points": study.curve(replace)})
         shown = "  ".join(
             f"{'/'.join(f'{point[name]:.2f}' for name in study.tests)}"

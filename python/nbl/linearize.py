@@ -33,7 +33,6 @@ __all__ = [
     "forget_originals",
     "linear_layers",
     "linearize",
-    "put_maps",
     "restore",
 ]
 
@@ -74,7 +73,7 @@ def linearize(
             ``cal.rank(criterion)``; or their ids. An id that is linearized already gets a new map.
         criterion: see :meth:`nbl.Calibration.rank`; used when `layers` is a number.
         ridge, bias, rank: see :meth:`nbl.Calibration.solve`.
-        batches: token batches, for criterion "loss" and for `sequential`.
+        batches: token batches, for criteria "greedy" and "loss", and for `sequential`.
         maps: {layer: nk.Lmmse} that ``cal.solve`` gave with the same bias and rank, to solve
             nothing.
         sequential, refit_mlp: fit the maps of these layers anew, on `batches`, bottom-up, each on
@@ -109,25 +108,11 @@ def linearize(
         check_attention(model, layers)
         seen = {"features": cal.features, "memory": cal.memory}
         cal = fit_sequentially(model, batches, layers, **seen, refit_mlp=refit_mlp, **options)
-    put_maps(model, cal, layers, **options, maps=maps)
-    return model
-
-
-def put_maps(
-    model: PreTrainedModel,
-    cal: Calibration,
-    layers: list[int],
-    *,
-    ridge: float,
-    bias: bool,
-    rank: int | None,
-    maps: Mapping[int, nk.Lmmse] | None,
-) -> None:
-    """:func:`linearize` of layers that are chosen, its arguments checked."""
-    replacements = linear_layers(model, cal, layers, ridge=ridge, bias=bias, rank=rank, maps=maps)
+    replacements = linear_layers(model, cal, layers, **options, maps=maps)
     for i in cal.down_proj:
         check_plain(model.model.layers[i], f"refit_mlp: model.layers.{i}")
     _replace(model, replacements, cal.down_proj)
+    return model
 
 
 def linear_layers(
