@@ -82,6 +82,8 @@ def linearize_tiny(
     **options: Any,
 ) -> PreTrainedModel:
     """In place, by maps of a few random tokens; ``options`` are those of nbl.linearize."""
+    if "window" in options:
+        return nbl.linearize(model, None, list(layers), **options)
     batches = make_token_batches(4)
     calibration = nbl.calibrate(model, batches, memory=memory, features=features, progress=False)
     return nbl.linearize(model, calibration, list(layers), **options)

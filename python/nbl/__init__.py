@@ -15,7 +15,7 @@ from nbl_kernels import __version__
 from . import models
 from .calibration import Calibration, LayerScore, calibrate
 from .layers.cache import CacheBytes, cache_bytes
-from .layers.spec import linearized_layers
+from .layers.spec import linearized_layers, windowed_layers
 from .linearize import drop, linearize, restore
 from .memory import Memory
 from .optimize import optimize, weight_bytes
@@ -23,6 +23,7 @@ from .perplexity import Perplexity, perplexity
 from .pipeline import Compressed, compress
 from .runner import DraftReport, Runner, draft_model
 from .upstream import warn_untested
+from .window import Window
 
 __all__ = [
     "CacheBytes",
@@ -33,6 +34,7 @@ __all__ = [
     "Memory",
     "Perplexity",
     "Runner",
+    "Window",
     "__version__",
     "cache_bytes",
     "calibrate",
@@ -46,6 +48,7 @@ __all__ = [
     "perplexity",
     "restore",
     "weight_bytes",
+    "windowed_layers",
 ]
 
 warn_untested()

@@ -23,9 +23,18 @@ from .checks import (
 from .layers.fused import FusedLayer, check_plain, fuse, unfuse
 from .layers.linearized import LinearizedDecoderLayer, linear_layer, map_spec
 from .layers.quantized import restore_linears
-from .layers.spec import LayerSpec, config_entry, layer_specs, linearized_layers
+from .layers.spec import (
+    LayerSpec,
+    config_entry,
+    layer_specs,
+    linearized_layers,
+    windowed_layers,
+)
+from .layers.tokens import replaced_specs
+from .layers.windowed import whole_layer, windowed_layer
 from .models import become_nbl, family_of
 from .upstream import share_checkpointing
+from .window import Window
 
 __all__ = [
     "chosen_layers",
@@ -45,7 +54,7 @@ _ORIGINAL_DOWN = "_nbl_original_down_proj"
 
 def linearize(
     model: PreTrainedModel,
-    cal: Calibration,
+    cal: Calibration | None,
     layers: int | Iterable[int],
     *,
     criterion: str = "residual",
@@ -56,8 +65,11 @@ def linearize(
     maps: Mapping[int, nk.Lmmse] | None = None,
     sequential: bool = False,
     refit_mlp: bool = False,
+    window: Window | None = None,
 ) -> PreTrainedModel:
     """Replaces attention layers by their best linear maps, in place: h = x + W f(x) + b.
+
+    Or, with a `window`, by themselves, seeing the last tokens and the first ones only.
 
     W = C_yf C_ff⁻¹ and b = E[y] - W E[f] (Prop. 3.1 of arXiv 2505.21077) come from `cal`, solved in
     float64 and rounded once to the model's dtype. The replaced layers lose their KV cache. The
@@ -80,6 +92,9 @@ def linearize(
             what those below it leave; and the down projections: see :func:`nbl.calibrate`. `cal`
             then only says which layers (and with which features and memory). A calibration that is
             sequential itself is used as it is, for all of its layers.
+        window: :class:`nbl.Window`: no map is solved or set; the layers keep their attention, which
+            sees so many tokens, and a cache of so many. Ids need no calibration (None); a number
+            needs one, whose criteria but the measured ones ("greedy", "loss") know maps only.
 
     Returns:
         model.
@@ -91,10 +106,18 @@ def linearize(
     """
     check_model(model)
     check_no_draft(model)
-    cal.check_model(model)
     if refit_mlp and not sequential:
         raise ValueError("refit_mlp: expected sequential=True beside it")
     options = {"ridge": ridge, "bias": bias, "rank": rank}
+    if window is not None:
+        if maps is not None or sequential:
+            raise ValueError("window: expected no maps and no sequential beside it: no map is set")
+        layers = chosen_layers(model, cal, layers, criterion, batches, window=window, **options)
+        _replace(model, windowed_layers_of(model, layers, window))
+        return model
+    if cal is None:
+        raise ValueError("cal: expected a calibration; only a window needs none")
+    cal.check_model(model)
     if sequential:
         if maps is not None:
             raise ValueError("maps: expected None with sequential=True, which solves for its own")
@@ -143,28 +166,44 @@ def linear_layers(
     return replacements
 
 
+def windowed_layers_of(
+    model: PreTrainedModel, layers: list[int], window: Window
+) -> dict[int, torch.nn.Module]:
+    """What :func:`linearize` puts into the model in the place of `layers`, with a window."""
+    spec = LayerSpec.of_window(window)
+    return {i: windowed_layer(_template(model, i, spec), spec, i) for i in layers}
+
+
 def chosen_layers(
     model: PreTrainedModel,
-    cal: Calibration,
+    cal: Calibration | None,
     layers: int | Iterable[int],
     criterion: str,
     batches: Iterable[Any] | None,
+    *,
+    window: Window | None = None,
     **options: Any,
 ) -> list[int]:
     """The ids that linearize's `layers` means, checked, the first to be replaced in front."""
     if isinstance(layers, int) and not isinstance(layers, bool):
-        kept = set(range(model.config.num_hidden_layers)) - set(linearized_layers(model))
-        eligible = kept & set(cal.layers)
+        if cal is None:
+            raise ValueError(f"cal: expected a calibration to choose {layers} layers by, got None")
+        cal.check_model(model)
+        gone = linearized_layers(model) if window is None else layer_specs(model.config)
+        eligible = (set(range(model.config.num_hidden_layers)) - set(gone)) & set(cal.layers)
         if not 0 <= layers <= len(eligible):
             raise ValueError(
                 f"layers: expected a number from 0 to {len(eligible)} (calibrated layers that "
-                f"still have attention), got {layers}"
+                f"still have {'attention' if window is None else 'all of their attention'}), got "
+                f"{layers}"
             )
-        more = {"count": layers} if criterion == "greedy" else {}
-        measured = {"model": model, "batches": batches}
+        more: dict[str, Any] = {"count": layers} if criterion == "greedy" else {}
+        measured = {"model": model, "batches": batches, "window": window}
         order = cal.rank(criterion, **measured, **options, **more) if layers else []
         layers = [score.layer for score in order if score.layer in eligible][:layers]
     layers = check_layers(model, layers)
+    if window is not None:
+        return layers
     missing = [i for i in layers if i not in cal.layers]
     if missing:
         raise ValueError(f"layers {missing} are not in the calibration, which has {cal.layers}")
@@ -195,6 +234,8 @@ def forget_originals(model: PreTrainedModel) -> None:
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes every :func:`linearize`, :func:`drop` and :func:`nbl.optimize`, in place.
+
+    Windows that came with a checkpoint open, too: their attention is all there.
 
     The model gets its own decoder layers, class and configuration back: the same objects, so its
     logits are bit-identical to what they were. They follow the model to another device or dtype, if
@@ -230,6 +271,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             f"layers {lost} were loaded from a checkpoint as linear maps; their attention is "
             "not in it: load the original model instead"
         )
+    for i in windowed_layers(model):  # from a checkpoint: all of the attention is there
+        if i not in originals:
+            originals[i] = whole_layer(model.model.layers[i])
     layers = model.model.layers
     for i, original in originals.items():
         current = layers[i]
@@ -246,6 +290,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     model.__class__ = family.causal_lm
     model.model.__class__ = family.model
     del model.config.nbl
+    vars(model.config).pop("model_type", None)  # a checkpoint's
     model.config.__class__ = family.config
     return model
 
@@ -268,26 +313,29 @@ def _template(model: PreTrainedModel, layer_id: int, spec: LayerSpec) -> torch.n
 
 def _replace(
     model: PreTrainedModel,
-    replacements: Mapping[int, LinearizedDecoderLayer],
+    replacements: Mapping[int, torch.nn.Module],
     down_proj: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
     """Cannot fail half way: everything was built and checked before."""
     if not replacements:
         return
+    before = replaced_specs(model.model)
     become_nbl(model)
     originals = vars(model).setdefault(_ORIGINALS, {})
     restorable = not has_lost_weights(model)
     layers = model.model.layers
     for i, replacement in replacements.items():
-        if restorable and not isinstance(layers[i], LinearizedDecoderLayer):
-            originals[i] = layers[i]
+        if restorable and i not in originals:
+            if i not in before:
+                originals[i] = layers[i]
+            elif before[i].kind == "window":
+                originals[i] = whole_layer(layers[i])
         replacement.train(layers[i].training)
         if isinstance(layers[i], FusedLayer):  # an optimized model stays one
             unfuse(layers[i])
             fuse(replacement)
         layers[i] = replacement
-    specs = layer_specs(model.config) | {i: layer.spec for i, layer in replacements.items()}
-    model.config.nbl = config_entry(specs)
+    model.config.nbl = config_entry(replaced_specs(model.model))
     for i, weight in (down_proj or {}).items():
         linear = layers[i].mlp.down_proj
         vars(model).setdefault(_ORIGINAL_DOWN, {}).setdefault(i, linear.weight)

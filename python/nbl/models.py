@@ -4,9 +4,9 @@ A linearized model is the stock model with some decoder layers replaced by
 :class:`LinearizedDecoderLayer`; everything else, from the embedding to ``generate``, is
 transformers' own code. What a stock model cannot do is taken care of here, once:
 
-* ``config.nbl`` says which layers are linear maps, so that a checkpoint can be rebuilt;
-* a cache keeps nothing for them but, where there is one, the state of a memory
-  (:mod:`nbl.layers.cache`), and still answers the questions that transformers asks its first layer;
+* ``config.nbl`` says which layers were replaced, so that a checkpoint can be rebuilt;
+* a cache keeps nothing for them but, where there is one, the state of a memory or the keys of a
+  window (:mod:`nbl.layers.cache`), and still answers what transformers asks its first layer;
 * a checkpoint that lacks a map is refused (transformers would fill in random numbers and warn).
 
 ``config.layer_types`` is left alone: Qwen looks its masks up by it, and ``generate`` prepares no
@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from .layers.cache import EmptyCacheLayer, prepare_entries
-from .layers.linearized import LinearizedDecoderLayer, MemorySpan, has_memory
+from .layers.linearized import LinearizedDecoderLayer
 from .layers.quantized import quantized_linears
 from .layers.spec import (
     FORMAT_VERSION,
@@ -43,7 +43,10 @@ from .layers.spec import (
     config_entry,
     layer_specs,
     linearized_layers,
+    windowed_layers,
 )
+from .layers.tokens import TokenSpan, has_memory, reads_spans, replaced_specs
+from .layers.windowed import windowed_layer
 from .saving import as_published
 from .upstream import (
     CACHE,
@@ -62,7 +65,7 @@ __all__ = [
     "Family",
     "LayerSpec",
     "LinearizedDecoderLayer",
-    "MemorySpan",
+    "TokenSpan",
     "become_nbl",
     "family_of",
     "linearized_layers",
@@ -109,16 +112,12 @@ class NblPreTrainedMixin:
                 "cannot hold: save it before nbl.optimize(…, weights=…), or after nbl.restore, and "
                 "optimize what is loaded"
             )
-        actual = {
-            i: layer.spec
-            for i, layer in enumerate(self.base_model.layers)
-            if isinstance(layer, LinearizedDecoderLayer)
-        }
-        if actual != layer_specs(self.config):
+        actual, named = replaced_specs(self.base_model), layer_specs(self.config)
+        if actual != named:
             raise ValueError(
-                f"config.nbl names the layers {linearized_layers(self)} as linear maps, the model "
-                f"has them at {list(actual)}: its layers were changed after linearizing. Cut the "
-                "original first (nbl.restore gives it back), then linearize"
+                f"config.nbl names the layers {list(named)} as replaced, the model has such layers "
+                f"at {list(actual)}: its layers were changed after linearizing. Cut the original "
+                "first (nbl.restore gives it back), then linearize"
             )
         with as_published(self):
             super().save_pretrained(*args, **kwargs)
@@ -131,21 +130,21 @@ class NblPreTrainedMixin:
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         maps = {
             f"{prefix}layers.{i}.{name}"
-            for i in linearized_layers(model)
+            for i in layer_specs(model.config)
             for name, _ in model.base_model.layers[i].named_parameters()
         }
         lost = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
         lost = sorted(maps & (lost | set(info["missing_keys"])))
         if lost:
             raise ValueError(
-                f"the checkpoint lacks weights of linearized layers, or has them in another shape: "
+                "the checkpoint lacks weights of replaced layers, or has them in another shape: "
                 f"{lost}; it is incomplete or was changed after nbl saved it"
             )
         return (model, info) if output_loading_info else model
 
 
 class NblModelMixin(NblPreTrainedMixin):
-    """A stock base model; the layers that ``config.nbl`` names are linearized."""
+    """A stock base model; the layers that ``config.nbl`` names are replaced."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,15 +156,19 @@ class NblModelMixin(NblPreTrainedMixin):
         self.replace_layers()
 
     def replace_layers(self) -> None:
-        """Makes the stock layers that ``config.nbl`` names linear ones, their maps not yet set."""
+        """Replaces the stock layers that ``config.nbl`` names; maps are not yet set."""
         for i, spec in layer_specs(self.config).items():
-            self.layers[i] = LinearizedDecoderLayer(self.layers[i], spec)
+            if spec.kind == "window":
+                self.layers[i] = windowed_layer(self.layers[i], spec, i)
+            else:
+                self.layers[i] = LinearizedDecoderLayer(self.layers[i], spec)
 
-    def forward(self, *args: Any, memory_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The stock forward, with a cache that has no keys for the linearized layers.
+    def forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The stock forward, with a cache that has no keys for the linearized layers and few for
+        those with a window.
 
-        memory_mask: (B, T) of the new tokens, 0 where padding: what a memory needs to know where
-        the attention_mask is not 2-dimensional. ``generate`` passes it on.
+        token_mask: (B, T) of the new tokens, 0 where padding: what a memory or a window needs to
+        know where the attention_mask is not 2-dimensional. ``generate`` passes it on.
         """
         kwargs = forward_arguments(args, kwargs)
         use_cache, cache = kwargs.get("use_cache"), kwargs[CACHE]
@@ -179,19 +182,14 @@ class NblModelMixin(NblPreTrainedMixin):
         ids = kwargs.get("input_ids")
         rows, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
         cached = isinstance(cache, Cache)
-        specs = {
-            i: layer.spec
-            for i, layer in enumerate(self.layers)
-            if isinstance(layer, LinearizedDecoderLayer)
-        }
         if cached:
-            prepare_entries(cache, self.config.num_hidden_layers, specs)
-        if has_memory(self):
+            prepare_entries(cache, self.config.num_hidden_layers, replaced_specs(self))
+        if reads_spans(self):
             positions = None if cached else kwargs.get("position_ids")  # packed texts: for training
             mask = kwargs.get("attention_mask")
-            span = _memory_span((rows, length), mask, positions, memory_mask)
+            span = _token_span((rows, length), mask, positions, token_mask)
             if span is not None:
-                kwargs["memory_span"] = span
+                kwargs["token_span"] = span
         outputs = super().forward(**kwargs)
         if cached:
             for entry in cache.layers:
@@ -200,24 +198,28 @@ class NblModelMixin(NblPreTrainedMixin):
         return outputs
 
 
-def _memory_span(
+def _token_span(
     shape: tuple[int, int],
     attention_mask: Any,
     position_ids: Tensor | None,
-    memory_mask: Tensor | None,
-) -> MemorySpan | None:
-    """What a memory is to know of the new tokens (B, T); None: nothing."""
+    token_mask: Tensor | None,
+) -> TokenSpan | None:
+    """What a memory or a window is to know of the new tokens (B, T); None: nothing."""
     rows, length = shape
-    if memory_mask is None:
-        memory_mask = attention_mask
-    if memory_mask is not None:
-        if not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2:
-            what = getattr(memory_mask, "shape", type(memory_mask).__name__)
+    if token_mask is None:
+        token_mask = attention_mask
+    if token_mask is not None:
+        if not isinstance(token_mask, Tensor) or token_mask.ndim != 2:
+            what = getattr(token_mask, "shape", type(token_mask).__name__)
             raise ValueError(
-                "attention_mask: a model with a memory needs one of shape (batch, tokens), or "
-                f"memory_mask of that shape beside it, got {what}"
+                "attention_mask: a model with a memory or a window needs one of shape (batch, "
+                f"tokens), or token_mask of that shape beside it, got {what}"
             )
-        return MemorySpan(mask=memory_mask[:, -length:].bool())
+        mask = token_mask[:, -length:].bool()
+        # Nobody waits for a GPU, or compiles a branch, to learn that there is no padding.
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+            return None
+        return TokenSpan(mask=mask)
     if position_ids is None:
         return None
     # As transformers tells packed sequences: the positions do not go on by one.
@@ -225,7 +227,7 @@ def _memory_span(
     if not torch.compiler.is_compiling() and not bool(new.any()):
         return None
     first = new.new_zeros(len(new), 1)
-    return MemorySpan(starts=torch.cat([first, new], dim=1).expand(rows, length))
+    return TokenSpan(starts=torch.cat([first, new], dim=1).expand(rows, length))
 
 
 class NblForCausalLMMixin(NblPreTrainedMixin):
@@ -242,12 +244,17 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', with pages for the layers with attention only. ValueError for a model
-        with a memory: a page holds keys of tokens, not the state of a sequence."""
+        with a memory or windows: a page holds keys of tokens, not the state of a sequence."""
         own = linearized_layers(self)
         if has_memory(self.model):
             raise ValueError(
                 "continuous batching has no room for the states of layers with a memory: use "
                 "generate or nbl.Runner"
+            )
+        if windowed_layers(self):
+            raise ValueError(
+                f"continuous batching has no pages for the windows of layers "
+                f"{windowed_layers(self)}: use generate or nbl.Runner"
             )
         if len(own) == self.config.num_hidden_layers:
             raise ValueError(
@@ -261,19 +268,19 @@ class NblForCausalLMMixin(NblPreTrainedMixin):
     def prepare_inputs_for_generation(
         self, *args: Any, attention_mask: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers', which makes the mask 4-dimensional for a static cache: a memory is told
-        before which tokens are padding."""
+        """As transformers', which makes the mask 4-dimensional for a static cache: a memory or a
+        window is told before which tokens are padding."""
         inputs = super().prepare_inputs_for_generation(
             *args, attention_mask=attention_mask, **kwargs
         )
-        if not has_memory(self.model):
+        if not reads_spans(self.model):
             return inputs
         ids = inputs.get("input_ids")
         new = inputs["inputs_embeds"] if ids is None else ids
         if attention_mask is None:
-            inputs["memory_mask"] = new.new_ones(new.shape[:2], dtype=torch.bool)
+            inputs["token_mask"] = new.new_ones(new.shape[:2], dtype=torch.bool)
         elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            inputs["memory_mask"] = attention_mask[:, -new.shape[1] :]
+            inputs["token_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .batches import Batch, read_batches
-from .layers.linearized import memory_arguments
+from .layers.tokens import span_arguments
 from .upstream import execution_device
 
 __all__ = ["Perplexity", "eval_mode", "perplexity", "sum_nll"]
@@ -51,7 +51,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
     total, tokens = 0.0, 0
     with eval_mode(model):
         for batch in read_batches(batches, model):
-            inputs = batch.inputs | memory_arguments(model.base_model, batch)
+            inputs = batch.inputs | span_arguments(model.base_model, batch)
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
             nll, predicted = sum_nll(model, hidden, batch)
             total, tokens = total + nll, tokens + predicted

@@ -276,7 +276,7 @@ def test_masks_of_four_dimensions_need_another_beside_them(remembering, ids):
     with pytest.raises(ValueError, match="attention_mask: a model with a memory"):
         model(ids, attention_mask=causal, use_cache=False)
     mask = torch.ones_like(ids)
-    logits = model(ids, attention_mask=causal, memory_mask=mask, use_cache=False).logits
+    logits = model(ids, attention_mask=causal, token_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
 
 

@@ -14,16 +14,19 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
 from ..checks import check_model
-from ..layers.linearized import LinearizedDecoderLayer, linear_layer, map_spec
+from ..layers.linearized import linear_layer, map_spec
+from ..layers.spec import LayerSpec, layer_specs, linearized_layers
+from ..layers.windowed import windowed_layer
 from ..memory import Memory, MemoryMap
-from ..models import linearized_layers, model_type_of
+from ..models import model_type_of
+from ..window import Window
 from .ranking import CRITERIA, Greedy, LayerScore, greedy, loss_scores, ordered
 from .store import (
     FORMAT,
@@ -218,6 +221,7 @@ class Calibration:
         bias: bool = True,
         rank: int | None = None,
         count: int | None = None,
+        window: Window | None = None,
     ) -> list[LayerScore]:
         """The layers in the order in which to replace them, ties by their id.
 
@@ -238,15 +242,17 @@ class Calibration:
         (:func:`nbl.calibration.ranking.greedy` says what it costs).
 
         ridge, bias and rank are those of the maps (:meth:`solve`); cca and cosine know no map.
+        window: loss and greedy measure this :class:`nbl.Window` in place of a map.
         """
         if criterion not in CRITERIA:
             raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
         options = {"ridge": ridge, "bias": bias, "rank": rank}
         if criterion == "greedy":
-            scores = self.greedy(model, batches, count, **options).together
+            scores = self.greedy(model, batches, count, window=window, **options).together
         elif criterion == "loss":
             self._check_measured(criterion, model, batches)
-            scores = loss_scores(model, self._replacements(model, **options), batches)
+            replacements = self._replacements(model, window, **options)
+            scores = loss_scores(model, replacements, batches)
         elif criterion == "cca":
             scores = self.cca_bounds()
         elif criterion == "cosine":
@@ -266,11 +272,12 @@ class Calibration:
         ridge: float = 1e-4,
         bias: bool = True,
         rank: int | None = None,
+        window: Window | None = None,
     ) -> Greedy:
         """The criterion greedy, with what the first step measured: (together, alone)."""
         self._check_measured("greedy", model, batches)
         options = {"ridge": ridge, "bias": bias, "rank": rank}
-        replacements = self._replacements(model, **options)
+        replacements = self._replacements(model, window, **options)
         most = len(replacements)
         count = max(1, most // 2) if count is None else count
         if type(count) is not int or not 1 <= count <= most:
@@ -437,9 +444,14 @@ class Calibration:
 
     @torch.no_grad()
     def _replacements(
-        self, model: PreTrainedModel, **options: Any
-    ) -> dict[int, LinearizedDecoderLayer]:
-        """What takes the place of every calibrated layer of a model that still has attention."""
+        self, model: PreTrainedModel, window: Window | None = None, **options: Any
+    ) -> dict[int, nn.Module]:
+        """What takes the place of every calibrated layer of a model that still has attention; with
+        a window, all of it."""
+        if window is not None:
+            spec, done = LayerSpec.of_window(window), layer_specs(model.config)
+            layers = [i for i in self.layers if i not in done]
+            return {i: windowed_layer(model.model.layers[i], spec, i) for i in layers}
         layers = [i for i in self.layers if i not in linearized_layers(model)]
         kind = {"features": self.features, "bias": options["bias"], "rank": options["rank"]}
         return {

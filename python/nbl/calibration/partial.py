@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..batches import Batch
-from ..layers.linearized import memory_arguments
+from ..layers.tokens import span_arguments
 
 __all__ = ["run_layers"]
 
@@ -27,7 +27,7 @@ def run_layers(
     model's own forward makes their masks and rotations, the other layers are skipped."""
     inputs = {name: t for name, t in batch.inputs.items() if name != "input_ids"}
     with _only(model, layers, norm):
-        inputs |= memory_arguments(model.model, batch)
+        inputs |= span_arguments(model.model, batch)
         return model.model(inputs_embeds=x, **inputs, use_cache=False).last_hidden_state
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..batches import read_batches
-from ..layers.linearized import memory_arguments, replaced
+from ..layers.linearized import replaced
+from ..layers.tokens import span_arguments
 from ..perplexity import eval_mode, perplexity, sum_nll
 from .partial import run_layers
 
@@ -134,7 +135,7 @@ def _added_losses(
                     lambda module, args, kwargs, i=i: keep(i, args, kwargs), with_kwargs=True
                 )
                 hooks.callback(handle.remove)
-            inputs = batch.inputs | memory_arguments(model.base_model, batch)
+            inputs = batch.inputs | span_arguments(model.base_model, batch)
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         nll, predicted = sum_nll(model, hidden, batch)
         total, tokens = total + nll, tokens + predicted

@@ -1,9 +1,10 @@
-"""What a transformers cache holds for the layers without attention: nothing, or a small state.
+"""What a transformers cache holds for the layers that were replaced: nothing, or a small state.
 
 A linear map of one token needs nothing (:class:`EmptyCacheLayer`). A map with a memory keeps a few
-vectors of each sequence (:class:`MemoryCacheLayer`), of one size however long the text. They live
-in the cache beside the keys and values of the other layers, and whatever ``generate`` does to a
-cache (reorder, repeat, select, crop, reset) is done to them.
+vectors of each sequence (:class:`MemoryCacheLayer`), a window the keys and values of the tokens
+that it sees (:class:`WindowCacheLayer`), of one size however long the text. They live in the cache
+beside the keys and values of the other layers, and whatever ``generate`` does to a cache (reorder,
+repeat, select, crop, reset) is done to them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..upstream import (
     Cache,
@@ -22,12 +23,21 @@ from ..upstream import (
     check_croppable,
     length_after_crop,
 )
+from ..window import Window
+from .ring import FEW, append, attend_prompt, attend_ring, earlier, in_order, token_order
 from .spec import LayerSpec
 
-__all__ = ["CacheBytes", "EmptyCacheLayer", "MemoryCacheLayer", "cache_bytes", "prepare_entries"]
+__all__ = [
+    "CacheBytes",
+    "EmptyCacheLayer",
+    "MemoryCacheLayer",
+    "WindowCacheLayer",
+    "cache_bytes",
+    "prepare_entries",
+]
 
-# How many tokens a memory can be rolled back, exactly: what assisted generation may reject.
-# transformers drafts up to 20 at a time, unless told otherwise.
+# How many tokens a memory or a window can be rolled back, exactly: what assisted generation may
+# reject. transformers drafts up to 20 at a time, unless told otherwise.
 MOST_ROLLED_BACK = 31
 
 
@@ -215,11 +225,186 @@ class MemoryCacheLayer(EmptyCacheLayer):
             self.past.zero_()
 
 
-def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec]) -> None:
-    """Puts the right entry at every layer without attention of a cache, in place.
+class WindowCacheLayer(EmptyCacheLayer):
+    """The cache entry of a layer with a window: the keys and values of the tokens that it sees.
 
-    A cache that attention layers filled before their linearization loses those keys, and a memory
-    knows nothing of them; the number of tokens stays what it was.
+    keys, values: (B, H_kv, sinks + length + 1, D), rings (:mod:`nbl.layers.ring`) that grow with
+    the text up to a length of size + MOST_ROLLED_BACK, so that :meth:`crop` can take back as many;
+    None before the first forward pass.
+    past: (B, MOST_ROLLED_BACK + 1) int64, how many tokens of each sequence there were after each of
+    the last ones of the cache; one row, where they are the same in all.
+    """
+
+    def __init__(self, entries: list[Any], index: int, window: Window, count: int = 0) -> None:
+        super().__init__(entries, index, count)
+        self.window = window
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.past: Tensor | None = None
+        self.longest = 0  # the most tokens there were at a time
+        self.depth = 0  # how many tokens `past` can go back, where there is padding
+        self.padded = False
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """(B, T, H, D) of new tokens q (B, H, T, D), k, v (B, H_kv, T, D), which are appended.
+        mask (B, T): False where padding."""
+        length, window = q.shape[2], self.window
+        self.padded = self.padded or mask is not None
+        self._prepare(k)
+        before = self.past[:, -1:].clone()  # _note may write in place
+        if mask is None:
+            index = before + torch.arange(length, device=q.device)
+            self._note(index + 1)
+        else:
+            counts = before + mask.cumsum(dim=1)
+            index = torch.where(mask, counts - 1, -1)
+            self._note(counts)
+        ring = (self.keys, self.values)
+        records = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if length <= FEW and not records and dropout == 0.0:
+            append(ring, k, v, index, window)
+            return attend_ring(q, *ring, index, window, scaling)
+        if mask is None and self.count == 0 and not torch.compiler.is_compiling():
+            append(ring, k, v, index, window)
+            return attend_prompt(q, k, v, window, scaling, dropout=dropout)
+        first = before[:, 0]
+        back = None
+        if mask is not None:
+            order, back = token_order(mask)
+            q, k, v = (in_order(t, order) for t in (q, k, v))
+            index = index.gather(1, order)
+        kept = window.size - 1
+        if not torch.compiler.is_compiling():
+            kept = min(kept, self.count)
+        seen = earlier(ring, first, window, kept)
+        append(ring, k, v, index, window)
+        sinks = tuple(t[:, :, : window.sinks] for t in ring)
+        if records:  # what is in the ring knows of no gradient
+            ahead = torch.arange(window.sinks, device=q.device) - first[:, None]
+            new = (ahead >= 0) & (ahead < length)
+            where = ahead.clamp(0, length - 1)[:, None, :, None]
+            sinks = tuple(
+                torch.where(new[:, None, :, None], t.gather(2, where.expand(old.shape)), old)
+                for t, old in zip((k, v), sinks, strict=True)
+            )
+        y = attend_prompt(
+            q, k, v, window, scaling, first=first, before=seen, sinks=sinks, dropout=dropout
+        )
+        return y if back is None else in_order(y.transpose(1, 2), back).transpose(1, 2)
+
+    def _prepare(self, k: Tensor) -> None:
+        """Room for the new tokens; ValueError where the entry was filled by something else."""
+        rows, heads, new, dim = k.shape
+        fixed = self.is_compileable  # graphs know its address
+        most = self.window.size + MOST_ROLLED_BACK
+        length = most
+        if not fixed and not torch.compiler.is_compiling():
+            length = min(most, max(self.count + new, FEW) - self.window.sinks)
+            length = max(length, 1)
+        if self.keys is None:
+            shape = (rows, heads, self.window.sinks + length + 1, dim)
+            self.keys, self.values = k.new_zeros(shape), k.new_zeros(shape)
+            history = (rows if fixed else 1, MOST_ROLLED_BACK + 1)
+            self.past = torch.zeros(history, dtype=torch.long, device=k.device)
+            if fixed and not torch.compiler.is_compiling():
+                for tensor in (self.keys, self.values, self.past):
+                    torch._dynamo.mark_static_address(tensor)
+        if (rows, heads, dim) != (*self.keys.shape[:2], self.keys.shape[3]):
+            raise ValueError(
+                f"layer {self.index}: expected keys of shape {(rows, heads, '…', dim)}, the cache "
+                f"has {tuple(self.keys.shape)}; it was filled by another model, or another batch "
+                "size"
+            )
+        own = self.keys.shape[2] - 1 - self.window.sinks
+        if own < length:  # nothing was overwritten yet: slots keep their tokens
+            grown = min(most, max(length, 2 * own))
+            pad = (0, 0, 0, grown - own)
+            self.keys, self.values = (nn.functional.pad(t, pad) for t in (self.keys, self.values))
+        if self.padded and len(self.past) < rows:
+            self.past = self.past.repeat(rows, 1)
+
+    def _note(self, counts: Tensor) -> None:
+        """counts (B or 1, T): how many tokens there are after each new slot."""
+        past = torch.cat([self.past, counts.expand(len(self.past), -1)], dim=1)
+        past = past[:, -self.past.shape[1] :]
+        if self.is_compileable:
+            self.past.copy_(past)
+        else:
+            self.past = past
+
+    def advance(self, tokens: int) -> None:
+        super().advance(tokens)
+        self.longest = max(self.longest, self.count)
+        self.depth = min(max(self.depth, 0) + tokens, MOST_ROLLED_BACK)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        length = self._length_after(tokens_to_remove)
+        removed = self.count - length
+        if removed == 0 or self.keys is None:
+            self.count = length
+            return
+        if length == 0:
+            self.reset()
+            return
+        slots = self.keys.shape[2] - 1
+        oldest = self.longest - (
+            slots - self.window.sinks
+        )  # in the ring: the newest there ever were
+        whole = self.longest <= slots
+        known = whole or length - self.window.size + 1 >= oldest
+        if not known or (self.padded and removed > self.depth):
+            raise ValueError(
+                f"layer {self.index} sees a window, of which at most {MOST_ROLLED_BACK} tokens can "
+                f"be taken back, got {removed} to remove: run the text anew, or draft fewer tokens "
+                "at a time (num_assistant_tokens)"
+            )
+        self.count = length
+        self.depth -= removed
+        size = self.past.shape[1]
+        if self.padded:
+            first = self.past[:, :1].expand(-1, removed)  # for what is beyond the depth: anything
+            self.past.copy_(torch.cat([first, self.past[:, : size - removed]], dim=1))
+        else:
+            steps = torch.arange(1 - size, 1, device=self.past.device)
+            self.past.copy_((length + steps).clamp_min(0).expand_as(self.past))
+
+    def reset(self) -> None:
+        super().reset()
+        self.longest, self.depth, self.padded = 0, 0, False
+        if self.keys is not None:
+            for tensor in (self.keys, self.values, self.past):
+                tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda t: t[indices.to(t.device)])
+
+    def _select(self, rows: Any) -> None:
+        if self.keys is None:
+            return
+        if len(self.past) == len(self.keys) > 1:
+            self.past = rows(self.past)
+        self.keys, self.values = rows(self.keys), rows(self.values)
+
+
+def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec]) -> None:
+    """Puts the right entry at every layer of a cache that was replaced, in place.
+
+    A cache that attention layers filled before their replacement loses those keys, and a memory or
+    a window knows nothing of them; the number of tokens stays what it was.
 
     ValueError where the entries have seen different numbers of tokens: a crop that one of them
     refused has left the others shorter.
@@ -228,9 +413,12 @@ def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec
     entries = cache.layers
     for i, spec in specs.items():
         entry, kind = entries[i], MemoryCacheLayer if spec.has_memory else EmptyCacheLayer
-        if type(entry) is not kind:
+        own: tuple[Window, ...] = ()
+        if spec.window is not None:
+            kind, own = WindowCacheLayer, (spec.window,)
+        if type(entry) is not kind or (own and entry.window != own[0]):
             count = entry.get_seq_length() if isinstance(entry, CacheLayerMixin) else 0
-            entries[i] = kind(entries, i, int(count))
+            entries[i] = kind(entries, i, *own, int(count))
     if torch.compiler.is_compiling():
         return
     lengths = {entry.count for entry in entries if isinstance(entry, EmptyCacheLayer)}
@@ -244,7 +432,7 @@ def prepare_entries(cache: Cache, num_layers: int, specs: Mapping[int, LayerSpec
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """keys_values: of the attention layers; state: of the layers with a memory."""
+    """keys_values: of the attention layers, windows among them; state: of those with a memory."""
 
     keys_values: int
     state: int

@@ -25,9 +25,11 @@ from torch.nn import functional as F
 import nbl_kernels as nk
 
 from ..upstream import MODELING, NORMS, Cache, attend, take_cache
-from .linearized import LinearizedDecoderLayer, MemorySpan
+from .linearized import LinearizedDecoderLayer
 from .plain import LINEARS, all_are_observed, has_plain_weights, is_observed, is_plain
 from .quantized import QuantizedLinear, quantize_linears, quantized_linears, scale_of
+from .tokens import TokenSpan
+from .windowed import WindowedAttention
 
 __all__ = ["FusedHead", "FusedLayer", "add_linear", "check_fusible", "fuse", "unfuse"]
 
@@ -200,12 +202,12 @@ class FusedLinearizedDecoderLayer(FusedLayer, LinearizedDecoderLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        memory_span: MemorySpan | None = None,
+        token_span: TokenSpan | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if not self._runs_fused(hidden_states):
-            return super().forward(hidden_states, *args, memory_span=memory_span, **kwargs)
-        return self._mlp(self._attention(hidden_states, take_cache(kwargs), memory_span))
+            return super().forward(hidden_states, *args, token_span=token_span, **kwargs)
+        return self._mlp(self._attention(hidden_states, take_cache(kwargs), token_span))
 
 
 class FusedAttentionLayer(FusedLayer):
@@ -238,16 +240,23 @@ class FusedAttentionLayer(FusedLayer):
         q, k, v = self._qkv(hidden_states).split(self._heads, dim=-2)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        y = attend(
-            attention,
-            self.modeling,
-            *(t.transpose(1, 2) for t in (q, k, v)),
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            past=cache,
-            position_ids=position_ids,  # as stock layers pass on: flash attention wants them
-            **kwargs,
-        )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if isinstance(attention, WindowedAttention):
+            span = kwargs.get("token_span")
+            y = attention.attend(q, k, v, position_embeddings, cache, span)
+        else:
+            y = attend(
+                attention,
+                self.modeling,
+                q,
+                k,
+                v,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past=cache,
+                position_ids=position_ids,  # as stock layers pass on: flash attention wants them
+                **kwargs,
+            )
         y = y.reshape(*hidden_states.shape[:-1], -1)
         return self._mlp(add_linear(hidden_states, attention.o_proj, y))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +13,18 @@ from transformers import PreTrainedModel
 import nbl_kernels as nk
 from nbl_kernels.filters import remember
 
-from ..batches import Batch
 from ..upstream import Cache, GradientCheckpointingLayer, take_cache, take_over
 from .plain import all_are_observed, is_plain_linear, is_plain_norm
 from .quantized import scale_of
 from .spec import LayerSpec
+from .tokens import TokenSpan
 
 __all__ = [
     "LinearizedDecoderLayer",
-    "MemorySpan",
-    "has_memory",
     "linear_layer",
     "map_spec",
-    "memory_arguments",
     "replaced",
 ]
-
-
-@dataclass(frozen=True)
-class MemorySpan:
-    """Which tokens (B, T) of a forward pass a memory sees: mask False, padding; starts True, the
-    first of a packed sequence. None: all, none."""
-
-    mask: Tensor | None = None
-    starts: Tensor | None = None
 
 
 class LinearizedDecoderLayer(GradientCheckpointingLayer):
@@ -120,16 +107,16 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        memory_span: MemorySpan | None = None,
+        token_span: TokenSpan | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states (B, T, d) -> (B, T, d); of the other arguments, which concern attention,
         the cache matters to a memory."""
-        hidden_states = self._attention(hidden_states, take_cache(kwargs), memory_span)
+        hidden_states = self._attention(hidden_states, take_cache(kwargs), token_span)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _attention(
-        self, x: Tensor, cache: Cache | None = None, span: MemorySpan | None = None
+        self, x: Tensor, cache: Cache | None = None, span: TokenSpan | None = None
     ) -> Tensor:
         if self.spec.kind == "drop":
             return x
@@ -176,11 +163,11 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         self,
         x: Tensor,
         state: Tensor,
-        span: MemorySpan | None = None,
+        span: TokenSpan | None = None,
         history: Tensor | None = None,
     ) -> Tensor:
         """x + W φ(x) + b, which takes the state (and its history) on."""
-        span = span or MemorySpan()
+        span = span or TokenSpan()
         if not self._map_is_plain():
             return self._recall_by_calls(x, state, span, history)
         v, u = self.linear_v, getattr(self, "linear_u", None)
@@ -201,7 +188,7 @@ class LinearizedDecoderLayer(GradientCheckpointingLayer):
         )
 
     def _recall_by_calls(
-        self, x: Tensor, state: Tensor, span: MemorySpan, history: Tensor | None
+        self, x: Tensor, state: Tensor, span: TokenSpan, history: Tensor | None
     ) -> Tensor:
         """The same where the modules are called, not read."""
         f = x if self.spec.features == "pre-norm" else self.input_layernorm(x)
@@ -241,20 +228,6 @@ def _zero_linear(in_features: int, out_features: int, bias: bool, like: Tensor) 
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear
-
-
-def memory_arguments(base: nn.Module, batch: Batch) -> dict[str, MemorySpan]:
-    """What a stock base model, some layers of which were exchanged, must pass on to those with a
-    memory; NBL models find it out themselves."""
-    if not has_memory(base):
-        return {}
-    return {"memory_span": MemorySpan(batch.attention_mask, batch.starts)}
-
-
-def has_memory(base: nn.Module) -> bool:
-    """Whether a layer of a base model has a memory."""
-    layers = getattr(base, "layers", ())
-    return any(isinstance(m, LinearizedDecoderLayer) and m.spec.has_memory for m in layers)
 
 
 # --- maps ----------------------------------------------------------------------------------------

@@ -10,7 +10,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nbl_kernels.filters import Filters
 
-__all__ = ["FORMAT_VERSION", "LayerSpec", "config_entry", "layer_specs", "linearized_layers"]
+from ..window import Window
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LayerSpec",
+    "config_entry",
+    "layer_specs",
+    "linearized_layers",
+    "windowed_layers",
+]
 
 FORMAT_VERSION = 1
 
@@ -19,23 +28,31 @@ FORMAT_VERSION = 1
 class LayerSpec:
     """What stands in the place of one attention.
 
-    kind: ``"linear"``, the map ``y = W f + b``, or ``"drop"``, nothing (``y = 0``); with ``"drop"``
-    the other fields are at their defaults.
+    kind: ``"linear"``, the map ``y = W f + b``; ``"drop"``, nothing (``y = 0``); or ``"window"``,
+    the attention itself, which sees a bounded part of the text. Fields of other kinds are at their
+    defaults.
     features: ``"post-norm"``, f = RMSNorm(x) with the layer's own weight, or ``"pre-norm"``, f = x.
     rank: None for a full ``W`` (d, d), else W = U V is stored as U (d, rank) and V (rank, d).
     lags, decays: of a map with a memory (:class:`nbl.Memory`); both empty: there is none.
+    size, sinks: of a window (:class:`nbl.Window`).
     """
 
-    kind: Literal["linear", "drop"]
+    kind: Literal["linear", "drop", "window"]
     features: Literal["pre-norm", "post-norm"] = "post-norm"
     bias: bool = False
     rank: int | None = None
     lags: tuple[int, ...] = ()
     decays: tuple[float, ...] = ()
+    size: int | None = None
+    sinks: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "drop"):
-            raise ValueError(f"kind must be 'linear' or 'drop', got {self.kind!r}")
+        if self.kind not in ("linear", "drop", "window"):
+            raise ValueError(f"kind must be 'linear', 'drop' or 'window', got {self.kind!r}")
+        if self.kind == "window":
+            Window(self.size, self.sinks)  # checks them
+        elif (self.size, self.sinks) != (None, None):
+            raise ValueError(f"size and sinks are those of a window, got kind {self.kind!r}")
         if self.features not in ("pre-norm", "post-norm"):
             raise ValueError(f"features must be 'pre-norm' or 'post-norm', got {self.features!r}")
         if not isinstance(self.bias, bool):
@@ -51,9 +68,20 @@ class LayerSpec:
     def has_memory(self) -> bool:
         return bool(self.lags or self.decays)
 
+    @classmethod
+    def of_window(cls, window: Window) -> LayerSpec:
+        return cls("window", size=window.size, sinks=window.sinks)
+
+    @property
+    def window(self) -> Window | None:
+        return Window(self.size, self.sinks) if self.kind == "window" else None
+
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; a map without a memory says nothing of one."""
+        """For JSON; a map without a memory says nothing of one, a window nothing of a map."""
+        if self.kind == "window":
+            return {"kind": self.kind, "size": self.size, "sinks": self.sinks}
         entry = asdict(self)
+        del entry["size"], entry["sinks"]
         for name in ("lags", "decays"):
             values = entry.pop(name)
             if self.has_memory:
@@ -62,7 +90,7 @@ class LayerSpec:
 
 
 def layer_specs(config: PreTrainedConfig) -> dict[int, LayerSpec]:
-    """{layer: LayerSpec} of the linearized layers, in order; {} for a stock config."""
+    """{layer: LayerSpec} of the layers that were replaced, in order; {} for a stock config."""
     layers = (getattr(config, "nbl", None) or {}).get("layers", {})
     return {i: LayerSpec(**layers[str(i)]) for i in sorted(map(int, layers))}
 
@@ -75,4 +103,13 @@ def config_entry(specs: Mapping[int, LayerSpec]) -> dict[str, Any]:
 
 def linearized_layers(model: PreTrainedModel | PreTrainedConfig) -> list[int]:
     """Ids of the layers of a model (or of a config) that have no attention any more, ascending."""
-    return list(layer_specs(model if isinstance(model, PreTrainedConfig) else model.config))
+    return [i for i, spec in _specs(model).items() if spec.kind != "window"]
+
+
+def windowed_layers(model: PreTrainedModel | PreTrainedConfig) -> list[int]:
+    """Ids of the layers of a model (or of a config) whose attention sees a window, ascending."""
+    return [i for i, spec in _specs(model).items() if spec.kind == "window"]
+
+
+def _specs(model: PreTrainedModel | PreTrainedConfig) -> dict[int, LayerSpec]:
+    return layer_specs(model if isinstance(model, PreTrainedConfig) else model.config)

@@ -72,7 +72,7 @@ class SdpaAttention:
         views = {}
         for window in self._windows:
             mask = seen if window is None else seen & (slots > own[:, None] - window)
-            views[window] = self._few(slice(0, bucket), mask[:, None])
+            views[window] = self.masked(slice(0, bucket), mask[:, None])
         return views
 
     def prepare_step(self, batch: Any, slot: int, length: int) -> None:
@@ -112,9 +112,13 @@ class SdpaAttention:
             mask = mask & (keys > queries - window)
         if padded:  # padding sees itself: some kernels make NaN of a row of nothing, and it spreads
             mask = (mask & batch.visible[:, None, None, slots]) | (keys == queries)
-        return self._few(slots, mask) if end - start <= _FEW_TOKENS else _View(slots, mask)
+        return self.masked(slots, mask) if end - start <= _FEW_TOKENS else _View(slots, mask)
 
-    def _few(self, slots: slice, mask: Tensor) -> _View:
+    def whole(self, slots: slice) -> _View:
+        """For one token of each row, which sees all of these slots."""
+        return _View(slots, grouped=True)
+
+    def masked(self, slots: slice, mask: Tensor) -> _View:
         """For a few tokens, mask (…, T, slots)."""
         if mask.shape[-2] > 1:
             mask = mask.repeat_interleave(self._groups, dim=-2)

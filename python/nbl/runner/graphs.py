@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.linearized import MemorySpan
+from ..layers.tokens import TokenSpan
 from .requests import PromptBatch
+from .rings import Rings
 from .step import MOST_ROWS, Span, Stack, States
 
 __all__ = ["Graphs"]
@@ -30,6 +31,7 @@ class Graphs:
         forward: Callable[[Stack, Tensor, Span], Tensor],
         stacks: Sequence[Stack],
         states: States,
+        rings: Rings,
         attend: Any,
         caches: Sequence[Tensor],
         *,
@@ -40,6 +42,7 @@ class Graphs:
         self.forward = forward
         self.stacks = stacks
         self.states = states
+        self.rings = rings
         self.attend = attend
         self.caches = caches
         self.max_length, self.device = caches[0].shape[3], caches[0].device
@@ -118,7 +121,8 @@ class Graphs:
         padding = self.padding[:rows, None]
         own = self.slot + torch.arange(length, device=self.device)
         views = self.attend.step_views(rows, length, bucket, padding, own)
-        memory = MemorySpan(mask=own >= padding) if self.states else None
-        span = Span((own - padding).clamp_min(0), own, views, memory)
+        memory = TokenSpan(mask=own >= padding) if self.states else None
+        rings = self.rings.step_views(own, padding)
+        span = Span((own - padding).clamp_min(0), own, views, memory, rings)
         logits = self.forward(stack, self.tokens[: rows * length].view(rows, length), span)
         self.logits[: rows * length].copy_(logits.flatten(0, 1))

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 import nbl_kernels as nk
 
 from ..layers.fused import FusedHead, FusedLayer, add_linear
-from ..layers.linearized import MemorySpan
 from ..layers.plain import LINEARS, is_plain
 from ..layers.quantized import scale_of
+from ..layers.tokens import TokenSpan
 from ..models import family_of
 from ..optimize import optimize
 from ..upstream import NORMS, rotation_table
@@ -30,6 +30,7 @@ from .attention import FlashInferAttention, SdpaAttention, allocate_cache, load_
 from .drafting import Drafting, DraftReport, check_draft, count_accepted, draft_stacks
 from .graphs import Graphs
 from .requests import PromptBatch, Sampler, token_rows
+from .rings import Rings
 from .step import MOST_ROWS, Kept, Span, Stack, States, kept_layers
 
 __all__ = ["Runner"]
@@ -57,8 +58,9 @@ class Runner:
             slots of the cache in no step. Not yet run on a GPU: compare its tokens with those of
             "sdpa" before relying on it.
 
-    The model's sliding windows and rotary scaling (Llama 3's among them) are respected; a window
-    saves reading, not memory. Dropout is never applied.
+    The model's own sliding windows and rotary scaling (Llama 3's among them) are respected; such a
+    window saves reading, not memory. Layers with an :class:`nbl.Window` have rings of slots of
+    their own, and PyTorch's attention. Dropout is never applied.
 
     Raises:
         ValueError: what optimize refuses; rotary types that depend on the length of the text
@@ -112,19 +114,24 @@ class Runner:
         self._layers = list(model.model.layers)
         self._stack = Stack(self._layers, kept_layers(self._layers))
         self._drafts = draft_stacks(self._stack, draft)
-        kept = [k for k in self._stack.kept if k is not None]
+        attending = [k for k in self._stack.kept if k is not None]
+        kept = [k for k in attending if k.bounded is None]
+        heads, kv_heads, dim = model.config.num_attention_heads, 0, 0
+        if attending:
+            kv_heads = attending[0].kv_heads
+            dim = self._layers[self._stack.kept.index(attending[0])].self_attn.head_dim
         where = {"device": self.device, "dtype": self._dtype}
-        shape = (0, max_batch_size, 0, max_length, 0)
-        if kept:
-            first = self._layers[self._stack.kept.index(kept[0])]
-            shape = (len(kept), *shape[1:2], kept[0].kv_heads, max_length, first.self_attn.head_dim)
+        shape = (len(kept), max_batch_size, kv_heads, max_length, dim)
         self.keys = allocate_cache(shape, **where)
         self.values = allocate_cache(shape, **where)
-        windows, heads = {k.window: k.scaling for k in kept}, model.config.num_attention_heads
+        windows = {k.window: k.scaling for k in kept}
         if attention == "flashinfer":
             self._attend = FlashInferAttention(flashinfer, windows, heads, shape[1:], **where)
         else:
             self._attend = SdpaAttention(windows, heads, model.config.num_key_value_heads)
+        sizes = (heads, model.config.num_key_value_heads, dim)
+        room = {"drafts": bool(self._drafts), **where}
+        self._rings = Rings(attending, max_batch_size, max_length, sizes, **room)
         self._states = States(self._stack, self._drafts, max_batch_size)
         self._cos, self._sin = cos, sin
         self._call = 0  # which call the cache belongs to
@@ -132,8 +139,8 @@ class Runner:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory of the cache: nothing for linearized layers."""
-        return self.keys.nbytes + self.values.nbytes
+        """Memory of the cache: nothing for linearized layers, little for those with a window."""
+        return self.keys.nbytes + self.values.nbytes + self._rings.nbytes
 
     @property
     def state_bytes(self) -> int:
@@ -359,6 +366,7 @@ class Runner:
         if self._graphs is not None:
             self._graphs.prepare(self.model, len(batch.lengths), first, end)
         self._states.begin(len(batch.lengths))
+        self._rings.begin(len(batch.lengths))
         self._call += 1
         return self._call
 
@@ -459,6 +467,7 @@ class Runner:
             lambda *step: self._head(self._forward(*step)),
             (self._stack, *self._drafts[-1:]),
             self._states,
+            self._rings,
             self._attend,
             (self.keys, self.values),
             vocab_size=self.model.lm_head.out_features,
@@ -489,18 +498,14 @@ class Runner:
     def _attention(self, layer: Any, kept: Kept, x: Tensor, span: Span) -> Tensor:
         """x + o_proj(attention): rotates q and k, appends k and v to the cache, attends to it."""
         rows, length = x.shape[:2]
-        keys, values = self.keys[kept.index], self.values[kept.index]
-        q = nk.rope_append(
-            layer._qkv(x),
-            self._cos,
-            self._sin,
-            span.positions,
-            span.slots,
-            keys,
-            values,
-            **kept.head_norms(layer.self_attn),
-        )
-        y = self._attend(q, keys, values, span.views[kept.window], kept.scaling)
+        qkv, norms = layer._qkv(x), kept.head_norms(layer.self_attn)
+        tables = (self._cos, self._sin)
+        if kept.bounded is not None:
+            y = self._rings.attend(qkv, kept, span, tables, norms)
+        else:
+            cache = (self.keys[kept.index], self.values[kept.index])
+            q = nk.rope_append(qkv, *tables, span.positions, span.slots, *cache, **norms)
+            y = self._attend(q, *cache, span.views[kept.window], kept.scaling)
         return add_linear(x, layer.self_attn.o_proj, y.reshape(rows, length, -1))
 
     def _span(self, batch: PromptBatch, start: int, end: int) -> Span:
@@ -510,5 +515,6 @@ class Runner:
             positions = (slots - batch.padding[:, None]).clamp_min(0)
         memory = None
         if start < batch.length - min(batch.lengths):
-            memory = MemorySpan(mask=batch.visible[:, start:end])
-        return Span(positions, slots, self._attend.views(batch, start, end), memory)
+            memory = TokenSpan(mask=batch.visible[:, start:end])
+        views, rings = (part.views(batch, start, end) for part in (self._attend, self._rings))
+        return Span(positions, slots, views, memory, rings)

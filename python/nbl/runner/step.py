@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.linearized import LinearizedDecoderLayer, MemorySpan
+from ..layers.linearized import LinearizedDecoderLayer
+from ..layers.tokens import TokenSpan
+from ..layers.windowed import WindowedAttention
 from ..upstream import sliding_window
+from ..window import Window
 
-__all__ = ["MOST_ROWS", "Kept", "Span", "Stack", "States", "kept_layers"]
+__all__ = ["MOST_ROWS", "Kept", "RingView", "Span", "Stack", "States", "kept_layers"]
 
 # Rows of one forward pass up to which the linears read their weights once, and a row's result does
 # not depend on the others: drafted tokens are verified in no more.
@@ -24,18 +27,30 @@ class Span:
     positions: Tensor  # (T,) or (B, T), in the text
     slots: Tensor  # (T,), that their keys and values are written to
     views: dict[int | None, Any]  # of the cache, per sliding window
-    memory: MemorySpan | None = None  # which of the tokens are there
+    memory: TokenSpan | None = None  # which of the tokens are there
+    rings: dict[Window, RingView] = field(default_factory=dict)  # the caches of windows
+
+
+@dataclass(frozen=True)
+class RingView:
+    """Where the tokens of one step are in the ring of a window, and what they see of it."""
+
+    index: Tensor  # (T,) or (B, T), in their sequences; negative: padding
+    slots: Tensor  # the same, in the ring
+    view: Any  # of the ring; None: a prompt, which is attended block by block
+    before: int = 0  # how many tokens before the first one there may be
 
 
 @dataclass
 class Kept:
     """A layer that kept its attention."""
 
-    index: int  # in the cache
+    index: int  # in the cache, or in that of its window
     kv_heads: int
     scaling: float
-    window: int | None
+    window: int | None  # a sliding window of the model's own, whose tokens stay in the cache
     normalizes: bool  # q and k, head by head, before they are rotated
+    bounded: Window | None = None  # with a cache of its own
 
     def head_norms(self, attention: Any) -> dict[str, Any]:
         """Arguments of rope_append."""
@@ -96,7 +111,7 @@ class States:
         layer = None if self.observing is None else self.observing.layers[i]
         return layer if layer in self._states and layer not in self._own else None
 
-    def recall(self, layer: Any, x: Tensor, span: MemorySpan | None, *, record: bool) -> Tensor:
+    def recall(self, layer: Any, x: Tensor, span: TokenSpan | None, *, record: bool) -> Tensor:
         """x + W φ(x) + b, which takes the layer's state on; record: and notes it token by token."""
         rows, length = x.shape[:2]
         history = None
@@ -127,14 +142,17 @@ class States:
 def kept_layers(layers: list[Any]) -> list[Kept | None]:
     """None for the layers without attention."""
     kept: list[Kept | None] = []
-    count = 0
+    counts: dict[Window | None, int] = {}
     for layer in layers:
         attention = getattr(layer, "self_attn", None)
         if attention is None:
             kept.append(None)
             continue
         _, kv_heads, _ = layer._heads
-        window, normalizes = sliding_window(attention), hasattr(attention, "q_norm")
-        kept.append(Kept(count, kv_heads, attention.scaling, window, normalizes))
-        count += 1
+        bounded = attention.spec.window if isinstance(attention, WindowedAttention) else None
+        window = None if bounded else sliding_window(attention)
+        index = counts.setdefault(bounded, 0)
+        counts[bounded] += 1
+        normalizes = hasattr(attention, "q_norm")
+        kept.append(Kept(index, kv_heads, attention.scaling, window, normalizes, bounded))
     return kept
