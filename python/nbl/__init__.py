@@ -21,6 +21,7 @@ from .memory import Memory
 from .optimize import optimize, weight_bytes
 from .perplexity import Perplexity, perplexity
 from .pipeline import Compressed, compress
+from .plan import Plan, plan
 from .runner import DraftReport, Runner, draft_model
 from .upstream import warn_untested
 from .window import Window
@@ -33,6 +34,7 @@ __all__ = [
     "LayerScore",
     "Memory",
     "Perplexity",
+    "Plan",
     "Runner",
     "Window",
     "__version__",
@@ -46,6 +48,7 @@ __all__ = [
     "models",
     "optimize",
     "perplexity",
+    "plan",
     "restore",
     "weight_bytes",
     "windowed_layers",

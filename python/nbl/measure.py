@@ -19,13 +19,14 @@ from transformers.generation.streamers import BaseStreamer
 from nbl_kernels.machine import in_turns
 
 from .calibration import CRITERIA, MEASURED, Calibration
-from .layers.spec import linearized_layers
+from .layers.spec import linearized_layers, windowed_layers
 from .linearize import drop as drop_attention
-from .linearize import linearize, restore
+from .linearize import restore
 from .perplexity import perplexity
-from .upstream import output_cache
+from .window import Window
 
 __all__ = [
+    "Change",
     "Stopwatch",
     "compare_speed",
     "describe_model",
@@ -38,6 +39,10 @@ __all__ = [
 ]
 
 
+# Replaces these layers of a model.
+Change = Callable[[Sequence[int]], Any]
+
+
 def score_layers(
     calibration: Calibration,
     *,
@@ -47,19 +52,22 @@ def score_layers(
     bias: bool = True,
     rank: int | None = None,
     count: int | None = None,
+    window: Window | None = None,
 ) -> dict[str, list[float | None]]:
     """{criterion: score of layer 0, 1, ...}; "loss" only where a model and batches are given, and
     with a `count` "greedy" for so many layers, and "loss" as the first step of that measured it.
 
-    None stands for a layer that was not scored. `ridge`, `bias`, `rank`: of the maps.
+    None stands for a layer that was not scored. `ridge`, `bias`, `rank`: of the maps; window:
+    what greedy and loss measure in their place.
     """
     maps = {"ridge": ridge, "bias": bias, "rank": rank}
     found: dict[str, dict[int, float]] = {}
     if model is not None and batches is not None and count is not None:
-        together, alone = calibration.greedy(model, batches, count, **maps)
+        together, alone = calibration.greedy(model, batches, count, window=window, **maps)
         found = {"greedy": together, "loss": alone}
     elif model is not None and batches is not None:
-        ranked = calibration.rank("loss", model=model, batches=batches, **maps)
+        measured = {"model": model, "batches": batches, "window": window}
+        ranked = calibration.rank("loss", **measured, **maps)
         found = {"loss": {s.layer: s.score for s in ranked}}
     for name in CRITERIA:
         if name not in MEASURED:
@@ -72,22 +80,32 @@ def score_layers(
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values that the model's own cache holds for one token of one sequence."""
-    tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        cache = output_cache(model(tokens, use_cache=True))
-    held = [
-        tensor
-        for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-    ]
-    return sum(t.numel() * t.element_size() for t in held if t is not None) // tokens.shape[1]
+    """Bytes of keys and values that the model's own cache holds for one token more of one sequence;
+    those of windows do not grow."""
+    return sum(held for i, held in _kv_bytes(model).items() if i not in windowed_layers(model))
 
 
 def state_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the layers with a memory keep of one sequence, whatever its length."""
-    layers = (model.model.layers[i] for i in linearized_layers(model))
-    return sum(layer.new_state(1).nbytes for layer in layers if layer.spec.has_memory)
+    """Bytes that are kept of one sequence, whatever its length: by the layers with a memory, and
+    the keys and values that windows see."""
+    layers, bounded = model.model.layers, windowed_layers(model)
+    states = (layers[i] for i in linearized_layers(model))
+    total = sum(layer.new_state(1).nbytes for layer in states if layer.spec.has_memory)
+    if bounded:
+        per_token = _kv_bytes(model)
+        total += sum(layers[i].self_attn.spec.window.slots * per_token[i] for i in bounded)
+    return total
+
+
+def _kv_bytes(model: PreTrainedModel) -> dict[int, int]:
+    """{layer: bytes of keys and values for one token}."""
+    found = {}
+    for i, layer in enumerate(model.model.layers):
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None:
+            numbers = 2 * attention.k_proj.out_features
+            found[i] = numbers * model.dtype.itemsize
+    return found
 
 
 class Stopwatch(BaseStreamer):
@@ -164,24 +182,24 @@ def compare_speed(
 
 def measure_points(
     model: PreTrainedModel,
-    calibration: Calibration,
+    change: Change,
     choices: Sequence[Sequence[int]],
     cosine_order: Sequence[int],
     *,
     batches: Iterable[Any] | None = None,
     other: Iterable[Any] | None = None,
-    options: dict[str, Any] | None = None,
-    drop: bool = False,
+    keeps_states: bool = False,
+    instead: Change | None = None,
     watch: Callable = lambda batches, what: batches,
 ) -> list[dict[str, Any]]:
     """One row for the dense model and one for each choice of layers: what a record calls points.
 
-    KV bytes per token of the model asked for: NBL, or with `drop` the one without these attentions;
-    and, with a memory, its state bytes per sequence.
-    With `batches`, the perplexity of NBL, of dropping as many layers in `cosine_order`, and of
-    dropping the same layers; with `other`, batches of another kind of text, on these too the first
-    two of them. `options` go to `nbl.linearize`; `watch` may wrap the batches of each pass, to show
-    progress.
+    change(layers) replaces these layers of the model. KV bytes per token are those of the changed
+    model, and, where it keeps states (of a memory, of windows), the bytes of these per sequence.
+    With `batches`, its perplexity, or that of `instead`, where the change is dropping itself, and
+    the perplexity of dropping as many layers in `cosine_order`, and of dropping the same layers;
+    with `other`, batches of another kind of text, on these too the first two of them. `watch` may
+    wrap the batches of each pass, to show progress.
     """
     texts = {"perplexity": batches, "other": other}
     texts = {name: text for name, text in texts.items() if text is not None}
@@ -205,12 +223,12 @@ def measure_points(
     for layers in [[], *map(list, choices)]:
         m = len(layers)
         point = {"layers": layers}
-        with variant(model, calibration, layers, options, drop=drop):
+        with variant(model, change, layers):
             point["kv_bytes_per_token"] = kv_bytes_per_token(model)
-            if calibration.memory is not None and not drop:
+            if keeps_states:
                 point["state_bytes"] = state_bytes(model)
         if batches is not None:
-            with variant(model, calibration, layers, options):
+            with variant(model, instead or change, layers):
                 found = measured(f"NBL-{m}" if m else "dense")
             point["perplexity"] = found["perplexity"]
             if other is not None:
@@ -230,23 +248,12 @@ def measure_points(
 
 
 @contextmanager
-def variant(
-    model: PreTrainedModel,
-    calibration: Calibration | None,
-    layers: Sequence[int],
-    options: dict[str, Any] | None = None,
-    *,
-    drop: bool = False,
-) -> Iterator[None]:
-    """A context in which these layers are linear maps (`options` as of `nbl.linearize`), or, with
-    `drop`, have no attention."""
+def variant(model: PreTrainedModel, change: Change, layers: Sequence[int]) -> Iterator[None]:
+    """A context in which the model is what change(layers) makes of it; without layers, itself."""
     if not layers:
         yield
         return
-    if drop:
-        drop_attention(model, layers)
-    else:
-        linearize(model, calibration, layers, **(options or {}))
+    change(layers)
     try:
         yield
     finally:
@@ -256,7 +263,7 @@ def variant(
 @contextmanager
 def dropped(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
     """A context in which these layers have no attention."""
-    with variant(model, None, layers, drop=True):
+    with variant(model, functools.partial(drop_attention, model), layers):
         yield
 
 

@@ -15,12 +15,14 @@ import nbl_kernels as nk
 from . import measure
 from .calibration import CRITERIA, MEASURED, Calibration, calibrate
 from .checks import check_layers, check_model, check_no_draft
-from .layers.spec import linearized_layers
+from .layers.spec import layer_specs
 from .linearize import drop as drop_attention
-from .linearize import linearize
+from .linearize import linearize, windowed_layers_of
 from .memory import Memory
+from .plan import Plan, plan
 from .selfcheck import check_installed
 from .text import Document, count_tokens, split_documents, token_batches
+from .window import Window
 
 __all__ = [
     "CALIBRATION_TOKENS",
@@ -61,6 +63,7 @@ class Compressed:
     calibration, maps: what was measured, and the maps of these layers, {layer: nk.Lmmse}.
     text, evaluation, other: {"tokens", "length"} of the batches that were read; None: none were.
     speed: how prefill and decode were measured, or None.
+    plan: which kind for which layer, where that was asked for.
     """
 
     model: PreTrainedModel
@@ -75,6 +78,7 @@ class Compressed:
     evaluation: dict[str, int] | None = None
     other: dict[str, int] | None = None
     speed: dict[str, int] | None = None
+    plan: Plan | None = None
 
 
 def compress(
@@ -82,7 +86,12 @@ def compress(
     tokenizer: Any,
     text: Iterable[Document] | None,
     *,
-    layers: int | Iterable[int],
+    layers: int | Iterable[int] | None = None,
+    speedup: float | None = None,
+    kv_bytes: float | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    window: Window | None = None,
     preset: Literal["paper"] | None = None,
     criterion: str | None = None,
     features: str | None = None,
@@ -106,19 +115,29 @@ def compress(
     watch: Watch | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Compressed:
-    """Calibrates, ranks, replaces attention layers by linear maps, in place, and measures.
+    """Calibrates, ranks, replaces attention layers, in place, and measures.
 
     What ``nbl compress`` does::
 
         done = nbl.compress(model, tokenizer, nbl.text.load_texts(["book.txt"]), layers=12)
         done.model.save_pretrained(OUT), tokenizer.save_pretrained(OUT)
 
+    With `layers`, so many of them become linear maps, or with a `window` see one. With `speedup` or
+    `kv_bytes` every layer may be kept, bounded, mapped or dropped, whichever loses least for what
+    it saves (:func:`nbl.plan`).
+
     Args:
         model: a supported causal LM with all its attention layers, in memory, on one device.
         tokenizer: of the model.
         text: documents, strings or chats (:func:`nbl.text.load_texts`), to calibrate on. None or
             empty: with a `calibration` and a criterion that reads none.
-        layers: how many, or which.
+        layers: how many, or which; None with `speedup` or `kv_bytes`.
+        speedup, kv_bytes: see :func:`nbl.plan`, whose `bytes` the second one is; measured on the
+            first `loss_tokens` of the text.
+        context, batch: of the decode step that a plan is for: tokens of each sequence (default: the
+            model's limit), sequences (1).
+        window: :class:`nbl.Window`: the chosen layers keep their attention, which sees this; no map
+            is set. Of a plan: the window to choose, in place of 128 and 512 tokens.
         preset: "paper": pre-norm features, criterion "cca", 256 sequences of 2048 tokens, where
             nothing else is given.
         criterion: see :meth:`nbl.Calibration.rank`. Default: "greedy" (on the first `loss_tokens`
@@ -149,10 +168,27 @@ def compress(
     check_installed()
     check_model(model)
     check_no_draft(model)
-    if linearized_layers(model):
+    if layer_specs(model.config):
         raise ValueError(
             "model: expected one with all its attention layers, but it is compressed already: "
             "start from the original"
+        )
+    planned = speedup is not None or kv_bytes is not None
+    if planned == (layers is not None):
+        raise ValueError(
+            "layers, speedup, kv_bytes: expected a number of layers (or ids), or what a plan is to "
+            f"reach, got {'both' if planned else 'neither'}"
+        )
+    own = {"drop": drop, "sequential": sequential, "criterion": criterion, "preset": preset}
+    asked = [name for name, value in own.items() if value]
+    if planned and (asked or sweep):
+        raise ValueError(f"{(asked or ['sweep'])[0]}: expected none with a plan")
+    if not planned and (context, batch) != (None, None):
+        raise ValueError("context, batch: expected speedup or kv_bytes beside them")
+    asked = [name for name in ("drop", "sequential") if own[name]]
+    if window is not None and not planned and (asked or memory is not None or rank is not None):
+        raise ValueError(
+            f"window: expected no {(*asked, 'memory or rank')[0]} beside it: no map is set"
         )
     sizes = None if isinstance(sweep, bool) else sorted(set(sweep))
     sweep = bool(sweep)
@@ -162,12 +198,16 @@ def compress(
             f"rank: expected at most {model.config.hidden_size}, the model's width, got {rank}"
         )
     by_number = isinstance(layers, int) and not isinstance(layers, bool)
+    if planned:
+        layers = []
     if by_number and not 1 <= layers <= model.config.num_hidden_layers:
         raise ValueError(
             f"layers: expected a number from 1 to {model.config.num_hidden_layers}, got {layers}"
         )
     if not by_number:
         layers = check_layers(model, layers)
+        if window is not None:
+            windowed_layers_of(model, layers, window)  # it can be done
     most = layers if by_number else len(layers)
     if sizes is not None and not all(type(m) is int and 1 <= m <= most for m in sizes):
         raise ValueError(f"sweep: expected True, False or numbers from 1 to {most}, got {sizes}")
@@ -200,7 +240,8 @@ def compress(
                 "that one has not seen"
             )
         documents, held_out = split_documents(documents)
-    needs_text = calibration is None or sequential or (by_number and criterion in MEASURED)
+    measures = planned or (by_number and criterion in MEASURED)
+    needs_text = calibration is None or sequential or measures
     if needs_text and not documents:
         raise ValueError("text: expected documents to read, got none")
     watch = watch or (lambda batches, what, passes: batches)
@@ -217,51 +258,86 @@ def compress(
             f"calibrating on {count_tokens(batches):,}"
         ]
 
+    mapless = None
     if calibration is None:
-        read = watch(batches, "calibrating", 1)
-        options = {"features": features or "post-norm", "memory": memory, "progress": False}
-        calibration = calibrate(model, read, **options)
+        read = watch(batches, "calibrating", 2 if planned and memory else 1)
+        options = {"features": features or "post-norm", "progress": False}
+        calibration = calibrate(model, read, memory=memory, **options)
+        if planned and memory is not None:  # a plan may take maps without a memory, too
+            mapless = calibrate(model, read, **options)
     fitted = {"ridge": ridge, "bias": bias, "rank": rank}
-    measured = {}
+    measured: dict[str, Any] = {}
     if by_number and criterion in MEASURED:
         passes = layers if criterion == "greedy" else len(calibration.layers) + 1
         sample = watch(_first(batches, loss_tokens), "ranking layers", passes)
         count = layers if criterion == "greedy" else None
-        measured = {"model": model, "batches": sample, "count": count}
+        measured = {"model": model, "batches": sample, "count": count, "window": window}
     scores = measure.score_layers(calibration, **measured, **fitted)
-    chosen = _order(scores[criterion])[:layers] if by_number else layers
+    made = None
+    if planned:
+        say("planning ...")
+        made = plan(
+            model,
+            [calibration] if mapless is None else [mapless, calibration],
+            _first(batches, loss_tokens),
+            context=context or length_limit(model),
+            batch=batch or 1,
+            speedup=speedup,
+            bytes=kv_bytes,
+            windows=None if window is None else (window,),
+            ranks=(rank,) if rank is not None or memory is None else _ranks(model),
+            ridge=ridge,
+            bias=bias,
+            say=say,
+        )
+        chosen = list(dict.fromkeys(p.layer for p in made.front if p.layer is not None))
+        criterion = "plan"
+    else:
+        chosen = _order(scores[criterion])[:layers] if by_number else layers
     if sequential:
         read = watch(batches, "fitting layer by layer", 1)
         own = {"features": calibration.features, "memory": calibration.memory, "layers": chosen}
         rules = {"sequential": True, "refit_mlp": refit_mlp, "progress": False}
         calibration = calibrate(model, read, **own, **rules, **fitted)
-    maps = calibration.solve(**fitted, layers=chosen)
-    choice = {
+    fits = not (drop or planned or window is not None)
+    maps = calibration.solve(**fitted, layers=chosen) if fits or drop else {}
+    fit = {"bias": bias, "rank": rank, "maps": maps}
+    nbl_change: measure.Change = functools.partial(linearize, model, calibration, **fit)
+    if made is not None:
+        maps = made.maps
+        nbl_change = functools.partial(_apply, made, model)
+    elif window is not None:
+        nbl_change = functools.partial(linearize, model, None, window=window)
+    drop_change: measure.Change = functools.partial(drop_attention, model)
+    change = drop_change if drop else nbl_change
+    choice: dict[str, Any] = {
         "method": "drop" if drop else "nbl",
         "layers": chosen,
-        "criterion": criterion if by_number else "the user",
+        "criterion": criterion if by_number or planned else "the user",
     }
-    if not drop:
+    if made is not None:
+        choice |= _planned(made)
+    elif window is not None:
+        choice["window"] = {"size": window.size, "sinks": window.sinks}
+    if fits:
         choice |= _fit(calibration, maps, fitted, sequential=sequential, refit_mlp=refit_mlp)
-    if by_number:
+    if by_number and window is None:
         notes = disagreements(scores, None if sweep else len(chosen)) + notes
     points, speed = _measure(
         model,
-        calibration,
+        change,
         [chosen[:m] for m in sizes or range(1, len(chosen) + 1)] if sweep else [chosen],
         _order(scores["cosine"]),
         eval_batches,
         other_batches,
-        {"bias": bias, "rank": rank, "maps": maps},
-        drop=drop,
+        keeps_states=memory is not None or window is not None or planned,
+        instead=nbl_change if drop else None,
         watch=watch,
         say=say,
     )
-    notes += _domain(points)
-    if drop:
-        drop_attention(model, chosen)
-    else:
-        linearize(model, calibration, chosen, bias=bias, rank=rank, maps=maps)
+    if maps:
+        notes += _domain(points)
+    change(chosen)
     return Compressed(
         model=model,
         layers=chosen,
@@ -275,6 +351,7 @@ def compress(
         evaluation=_size(eval_batches),
         other=_size(other_batches),
         speed=speed,
+        plan=made,
     )
 
 
@@ -382,16 +459,49 @@ def _fit(
     return found
 
 
+def _planned(made: Plan) -> dict[str, Any]:
+    """What a choice says of a plan."""
+    return {
+        "kinds": made.layers,
+        "context": made.context,
+        "batch": made.batch,
+        "loss": made.loss,
+        "byte_ratio": made.speedup,
+        "kv_share": made.kv_share,
+        "front": [
+            {
+                "layer": point.layer,
+                "kind": point.kind,
+                "instead_of": point.instead_of,
+                "loss": point.loss,
+                "bytes": point.cost.bytes,
+                "kv_bytes": point.cost.cache,
+                "flops": point.cost.flops,
+            }
+            for point in made.front
+        ],
+    }
+
+
+def _apply(made: Plan, model: PreTrainedModel, layers: Sequence[int]) -> None:
+    made.apply(model)
+
+
+def _ranks(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """To choose from, where maps may have a memory: a full one reads more than an attention."""
+    return (None, model.config.hidden_size // 4, model.config.hidden_size // 8)
+
+
 def _measure(
     model: PreTrainedModel,
-    calibration: Calibration,
+    change: measure.Change,
     choices: list[list[int]],
     cosine_order: list[int],
     eval_batches: list[Tensor],
     other_batches: list[Tensor],
-    options: dict[str, Any],
     *,
-    drop: bool,
+    keeps_states: bool,
+    instead: measure.Change | None,
     watch: Watch,
     say: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
@@ -402,9 +512,15 @@ def _measure(
         read = watch(eval_batches, "measuring perplexity", passes)
     if other_batches:
         other = watch(other_batches, "perplexity, other text", passes)
-    texts = {"batches": read, "other": other}
     points = measure.measure_points(
-        model, calibration, choices, cosine_order, **texts, options=options, drop=drop
+        model,
+        change,
+        choices,
+        cosine_order,
+        batches=read,
+        other=other,
+        keeps_states=keeps_states,
+        instead=instead,
     )
     if not eval_batches:
         return points, None
@@ -412,8 +528,7 @@ def _measure(
     new_tokens, repetitions = 32, 5
     prompt = eval_batches[0][:1, : max(1, min(256, length_limit(model) - new_tokens))]
     variants = [
-        functools.partial(measure.variant, model, calibration, point["layers"], options, drop=drop)
-        for point in points
+        functools.partial(measure.variant, model, change, point["layers"]) for point in points
     ]
     sizes = {"new_tokens": new_tokens, "repetitions": repetitions}
     for point, speed in zip(

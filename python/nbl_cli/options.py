@@ -101,7 +101,52 @@ Weights = Annotated[
 
 # Of nbl compress.
 Layers = Annotated[
-    str, typer.Option(metavar="M", help="How many (12), or which (3,5,7).", show_default=False)
+    str | None,
+    typer.Option(metavar="M", help="How many (12), or which (3,5,7).", show_default=False),
+]
+Speedup = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        metavar="X",
+        help="Instead of --layers: a decode step reads X times fewer bytes; every layer gets the "
+        "kind that costs least.",
+        show_default=False,
+    ),
+]
+KvBytes = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="F",
+        help="Instead of --layers: the cache takes this share of its bytes.",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Of --speedup: tokens of a sequence.", show_default="the model's limit"
+    ),
+]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Of --speedup: sequences.", show_default="1")
+]
+WindowSize = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        min=1,
+        metavar="N",
+        help="The layers keep their attention, which sees the last N tokens and the first ones. "
+        "With --speedup or --kv-bytes: the window to choose.",
+        show_default=False,
+    ),
+]
+Sinks = Annotated[
+    int | None,
+    typer.Option(min=0, help="With --window: first tokens that stay visible.", show_default="1"),
 ]
 Preset = Annotated[
     Literal["paper"] | None,
@@ -179,6 +224,17 @@ def parse_memory(
     if decays is not None:
         options["decays"] = numbers("decays", decays, float)
     return nbl.Memory(**options)
+
+
+def parse_window(size: int | None, sinks: int | None) -> nbl.Window | None:
+    """What --window and --sinks say."""
+    if size is None:
+        if sinks is not None:
+            raise ValueError("sinks: expected --window beside it")
+        return None
+    import nbl
+
+    return nbl.Window(size, 1 if sinks is None else sinks)
 
 
 def parse_layers(given: str, count: int) -> int | list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .output import MARK
-from .record import choice_of, names_of, number, part_of, points_of, scores_of, short
+from .record import choice_of, front_of, names_of, number, part_of, points_of, scores_of, short
 from .scores import order
 
 
@@ -141,6 +141,37 @@ def _plot_perplexity(figure, record, theme):
     return True
 
 
+def _plot_plan(figure, record, theme):
+    """Loss against bytes of a decode step, a point for every change of a plan."""
+    front = front_of(record)
+    if len(front) < 2:
+        return False
+    axes = figure.subplots()
+    dense = front[0]["bytes"]
+    x = [point["bytes"] / dense * 100 for point in front]
+    y = [point["loss"] for point in front]
+    axes.step(x, y, where="post", color=theme.muted, linewidth=1, zorder=1)
+    marks = {"window": "o", "map": "s", "memory": "D", "drop": "X"}
+    colours = {"window": theme.nbl, "map": theme.same, "memory": theme.drop, "drop": theme.muted}
+    for name, mark in marks.items():
+        own = [i for i, p in enumerate(front) if str(p["kind"]).split()[0] == name]
+        if own:
+            axes.scatter(
+                [x[i] for i in own],
+                [y[i] for i in own],
+                marker=mark,
+                color=colours[name],
+                label=name,
+                zorder=2,
+            )
+    axes.invert_xaxis()
+    axes.set_title("Loss added by the plan's changes (nats per token)")
+    axes.set_xlabel("bytes of a decode step, % of the model as it is")
+    axes.grid(axis="y")
+    axes.legend(loc="upper left", frameon=False)
+    return True
+
+
 def _plot_memory(figure, record, theme):
     named = [
         (name, p)
@@ -221,6 +252,11 @@ PLOTS = {
     "Perplexity": (
         _plot_perplexity,
         "NBL replaces attention by a linear map; dropping removes it. Both keep everything else.",
+    ),
+    "Plan": (
+        _plot_plan,
+        "Every change is the one that adds least to the measured loss for the bytes that it saves, "
+        "those before it in place.",
     ),
     "KV cache": (
         _plot_memory,

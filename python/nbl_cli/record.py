@@ -7,10 +7,13 @@ The record's parts, all optional but the first two:
     date, seconds, model {name, type, layers, hidden_size, parameters}, conditions {...}
     calibration   {text, tokens, length, features}
     scores        {criterion: [score of layer 0, 1, ...]}, null for a layer not calibrated
-    choice        {method, criterion, layers, bias, rank, ridge, ridge_used, nmse}
-    points        [{layers, perplexity, kv_bytes_per_token, prefill, decode, drop: {layers,
-                  perplexity}, drop_same: {layers, perplexity}, other: {perplexity, drop}}, ...],
-                  the first one dense
+    choice        {method, criterion, layers, bias, rank, ridge, ridge_used, nmse}; with a window
+                  {window: {size, sinks}}; of a plan {kinds: {layer: kind}, context, batch, loss,
+                  byte_ratio, kv_share, front: [{layer, kind, instead_of, loss, bytes, kv_bytes,
+                  flops}, ...]}
+    points        [{layers, perplexity, kv_bytes_per_token, state_bytes, prefill, decode, drop:
+                  {layers, perplexity}, drop_same: {layers, perplexity}, other: {perplexity, drop}},
+                  ...], the first one dense
     evaluation, other  {text, tokens, length};  speed {prompt_tokens, new_tokens, repetitions}
     samples       {prompt, continuations: {name: text}};  notes [text, ...]
 """
@@ -69,6 +72,19 @@ def points_of(record: dict) -> list[dict]:
     points = record.get("points")
     points = points if isinstance(points, list) else []
     return [{**p, "layers": layer_ids(p)} for p in points if isinstance(p, dict) and "layers" in p]
+
+
+def front_of(record: dict) -> list[dict]:
+    """The points of a plan that are whole."""
+    front = choice_of(record).get("front")
+    return [
+        point
+        for point in (front if isinstance(front, list) else [])
+        if isinstance(point, dict)
+        and all(number(point.get(key)) is not None for key in ("loss", "bytes", "kv_bytes"))
+        and point["bytes"] > 0
+        and {"layer", "kind", "instead_of"} <= point.keys()
+    ]
 
 
 def number(value) -> float | None:

@@ -12,6 +12,7 @@ from .plots import DARK, LIGHT, PLOTS, draw_plot, render_plot
 from .record import (
     NONE,
     choice_of,
+    front_of,
     ids,
     names_of,
     number,
@@ -43,7 +44,13 @@ def render_html(record: dict) -> str:
     sections = [_headline(record)]
     for title, (draw, caption) in PLOTS.items():
         sections.append(_figure(title, draw, caption, record))
-    sections += [_measurements(record), _criteria(record), _samples(record), _conditions(record)]
+    sections += [
+        _measurements(record),
+        _plan(record),
+        _criteria(record),
+        _samples(record),
+        _conditions(record),
+    ]
     body = "\n".join(section for section in sections if section)
     return _PAGE.format(mark=MARK, title=escape(_title(record)), style=_STYLE, body=body)
 
@@ -60,6 +67,8 @@ def render_png(record: dict) -> dict[str, bytes]:
 
 def _figure(title: str, draw: Callable, caption: str, record: dict) -> str:
     images = [draw_plot(draw, record, theme, "svg") for theme in (LIGHT, DARK)]
+    if images[0] is None and title not in _MISSING:
+        return ""
     if images[0] is None:
         return _section(title, f'<p class="missing">{_MISSING[title]}</p>')
     light, dark = (
@@ -90,7 +99,10 @@ def _title(record: dict) -> str:
     layers = choice_of(record)["layers"]
     if not layers:
         return f"NBL: {name}"
-    verb = "dropped" if choice_of(record).get("method") == "drop" else "linearized"
+    choice = choice_of(record)
+    verb = "dropped" if choice.get("method") == "drop" else "linearized"
+    if "kinds" in choice or "window" in choice:
+        verb = "replaced" if "kinds" in choice else "with a window"
     return f"NBL: {name}, {len(layers)} attention layers {verb}"
 
 
@@ -157,6 +169,7 @@ def _measurements(record: dict) -> str:
         "other text": lambda p: plain_number(part_of(p, "other").get("perplexity")),
         "other text, drop": lambda p: plain_number(part_of(p, "other").get("drop")),
         "KV bytes/ token": lambda p: plain_number(p.get("kv_bytes_per_token")),
+        "bytes/ sequence": lambda p: plain_number(p.get("state_bytes")),
         "prefill tokens/s": lambda p: plain_number(p.get("prefill")),
         "decode tokens/s": lambda p: plain_number(p.get("decode")),
     }
@@ -169,6 +182,35 @@ def _measurements(record: dict) -> str:
     return _section(
         "Measurements",
         _table([head[i] for i in keep], [[row[i] for i in keep] for row in rows], text_columns=2),
+    )
+
+
+def _plan(record: dict) -> str:
+    """Every change of a plan, and what it was for."""
+    front = front_of(record)
+    if len(front) < 2:
+        return ""
+    first = front[0]
+    rows = [
+        [
+            NONE if point["layer"] is None else str(point["layer"]),
+            "as it is" if point["layer"] is None else f"{point['kind']}",
+            NONE if point["layer"] is None else f"{point['instead_of']}",
+            f"{point['loss']:+.4f}",
+            f"{point['bytes'] / first['bytes']:.1%}",
+            f"{point['kv_bytes'] / max(1, first['kv_bytes']):.1%}",
+        ]
+        for point in front
+    ]
+    head = ["layer", "kind", "instead of", "loss in all", "bytes of a step", "of the cache"]
+    choice = choice_of(record)
+    words = (
+        f"Made for {choice.get('batch')} sequences of {choice.get('context')} tokens: a decode "
+        f"step reads {plain_number(first['bytes'])} bytes as the model is, "
+        f"{plain_number(first['kv_bytes'])} of them from the cache."
+    )
+    return _section(
+        "Plan, step by step", f"<p>{escape(words)}</p>" + _table(head, rows, text_columns=3)
     )
 
 
@@ -235,6 +277,8 @@ def _conditions(record: dict) -> str:
         rows.append(("duration", f"{record['seconds']:.0f} s"))
     for part in ("conditions", "calibration", "evaluation", "other", "speed", "choice"):
         for key, value in part_of(record, part).items():
+            if key == "front":  # a table of its own
+                continue
             if value is not None and value != [] and value != {}:
                 name = key if part == "conditions" else f"{part}: {key}"
                 rows.append((name.replace("_", " "), readable(value)))

@@ -102,6 +102,37 @@ def show_scores(scores: dict[str, list], chosen: Iterable[int] = ()) -> None:
     out.print(table)
 
 
+def show_plan(choice: dict) -> None:
+    """Every step of a plan: what it saves and what the loss is with it."""
+    if "front" not in choice:
+        return
+    front = choice["front"]
+    first = front[0]
+    table = _table(
+        f"The plan for {choice['batch']} x {choice['context']:,} tokens: each step adds least to "
+        "the loss for what it saves"
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("kind")
+    names = ("loss\nin all", "bytes\na step", "", "cache\nbytes", "")
+    for name in names:
+        table.add_column(name, justify="right")
+    for point in front:
+        change = ("", "as it is")
+        if point["layer"] is not None:
+            before = point["instead_of"]
+            change = (
+                str(point["layer"]),
+                point["kind"] + ("" if before == "keep" else f" [dim]instead of {before}[/]"),
+            )
+        cells = [f"{point['loss']:+.4f}"]
+        for key in ("bytes", "kv_bytes"):
+            share = point[key] / max(1, first[key])
+            cells += [f"{point[key]:,}", f"[dim]{share:.0%}[/]"]
+        table.add_row(*change, *cells)
+    out.print(table)
+
+
 def show_points(record: dict) -> None:
     points = record["points"]
     dense = points[0]

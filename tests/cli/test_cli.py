@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 from command import COMMANDS, TEXT, nbl, refusal_of, result_of
-from nbl import demo, pipeline
+from nbl import demo, pipeline, windowed_layers
 from nbl.pipeline import disagreements
 from nbl_cli import app as cli
 from nbl_cli import options
@@ -223,6 +223,52 @@ def test_compress_with_a_memory(tiny, book, tmp_path):
         refused = refusal_of("compress", tiny, "--text", book, "--layers", 1, "-o", "no", *args)
         assert re.search(words, refused)
     assert not (tmp_path / "no").exists()
+
+
+def test_compress_with_a_window(tiny, book):
+    options = ["--text", book, "--layers", 2, "--window", 9, "--sinks", 2, "--eval"]
+    found = result_of("compress", tiny, *options, "-o", "out")
+    assert found["choice"]["window"] == {"size": 9, "sinks": 2}
+    dense, point = found["points"]
+    token = 2 * 2 * 8 * 4  # keys and values, heads, dimensions, bytes
+    assert (dense["kv_bytes_per_token"], point["kv_bytes_per_token"]) == (4 * token, 2 * token)
+    assert (dense["state_bytes"], point["state_bytes"]) == (0, 2 * 11 * token)
+    model = transformers.AutoModelForCausalLM.from_pretrained("out")
+    assert sorted(found["choice"]["layers"]) == windowed_layers(model)
+    seen = result_of("eval", "out", "--text", f"{book}/1.txt")
+    assert seen["windowed_layers"] == windowed_layers(model)
+    assert seen["state_bytes"] == 2 * 11 * token and seen["linearized_layers"] == []
+    for args, words in (
+        (["--sinks", 1], "sinks: expected --window"),
+        (["--window", 9, "--memory"], "window: expected no memory"),
+    ):
+        refused = refusal_of("compress", tiny, "--text", book, "--layers", 1, "-o", "no", *args)
+        assert words in refused
+
+
+def test_compress_by_a_plan(tiny, book, tmp_path):
+    options = ["--text", book, "--context", 1000, "--batch", 4, "--window", 40]
+    found = result_of("compress", tiny, *options, "--kv-bytes", 0.5, "--speedup", 1.2, "-o", "out")
+    choice = found["choice"]
+    assert choice["kv_share"] <= 0.5 and choice["byte_ratio"] >= 1.2
+    assert (choice["context"], choice["batch"], choice["criterion"]) == (1000, 4, "plan")
+    kinds = {int(layer): kind for layer, kind in choice["kinds"].items()}
+    model = transformers.AutoModelForCausalLM.from_pretrained("out")
+    assert sorted(kinds) == sorted(map(int, model.config.nbl["layers"]))
+    assert set(kinds.values()) <= {"window 40+1", "map", "drop"}
+    shown = nbl("compress", tiny, *options, "--kv-bytes", 0.5, "-o", "again")
+    assert shown.exit_code == 0 and "The plan for 4 x 1,000 tokens" in shown.stdout
+    report = nbl("report", "out", "-o", "report.html")
+    assert report.exit_code == 0, report.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "Plan, step by step" in page and "Made for 4 sequences of 1000 tokens" in page
+    for args, words in (
+        ([], "layers, speedup, kv_bytes: expected"),
+        (["--layers", 1, "--speedup", 1.2], "got both"),
+        (["--speedup", 99], "speedup: expected at most"),
+        (["--kv-bytes", 0.5, "--drop"], "drop: expected none with a plan"),
+    ):
+        assert words in refusal_of("compress", tiny, "--text", book, "-o", "no", *args)
 
 
 def test_compress_from_a_calibration(tiny, book, calibrated):

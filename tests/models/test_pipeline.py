@@ -44,6 +44,7 @@ KINDS = {
     "criterion": {"criterion": "cca", "features": "pre-norm", "bias": False},
     "memory": {"memory": nbl.Memory(decays=(0.8,)), "rank": 6, "criterion": "residual"},
     "sequential": {"sequential": True, "refit_mlp": True, "criterion": "residual"},
+    "window": {"window": nbl.Window(3, 1)},
 }
 
 
@@ -61,11 +62,54 @@ def test_it_is_calibrate_rank_and_linearize(kind, compress, tiny_model, tokenize
     nbl.linearize(model, cal, options.get("layers", 2), batches=batches, **rest)
     ids = batches[0][:2]
     assert torch.equal(done.model(ids).logits, model(ids).logits)
-    assert sorted(done.layers) == nbl.linearized_layers(done.model)
+    replaced = nbl.windowed_layers if "window" in options else nbl.linearized_layers
+    assert sorted(done.layers) == replaced(done.model)
     assert done.choice["layers"] == done.layers and len(done.layers) == 2
     assert done.text == {"tokens": sum(b.numel() for b in batches), "length": 32}
     assert done.evaluation is None and done.speed is None
-    assert set(done.maps) == set(done.layers) and set(done.scores) >= {"residual", "cca"}
+    assert set(done.maps) == (set() if "window" in options else set(done.layers))
+    assert set(done.scores) >= {"residual", "cca"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", [None, nbl.Memory(decays=(0.8,))], ids=["", "memory"])
+def test_a_plan(memory, compress, tiny_model, tokenizer, documents):
+    said = []
+    options = {"layers": None, "window": nbl.Window(6, 1), "context": 100, "batch": 2}
+    asked = {"speedup": 1.3, "kv_bytes": 0.5}
+    done = compress(**options, **asked, memory=memory, eval_text=documents[:3], say=said.append)
+    made = done.plan
+    assert made.speedup >= 1.3 and made.kv_share <= 0.5 and (made.context, made.batch) == (100, 2)
+    assert done.layers == done.choice["layers"] and set(done.layers) == set(made.layers)
+    assert done.choice["kinds"] == made.layers and len(done.choice["front"]) == len(made.front)
+    again = nbl.plan(
+        tiny_model(),
+        [done.calibration]
+        if memory is None
+        else [
+            nbl.calibrate(tiny_model(), batches, progress=False, memory=m)
+            for batches in [token_batches(tokenizer, documents, length=32, batch_size=64)]
+            for m in (None, memory)
+        ],
+        token_batches(tokenizer, documents, length=32, batch_size=64),
+        context=100,
+        batch=2,
+        speedup=1.3,
+        bytes=0.5,
+        windows=[nbl.Window(6, 1)],
+        ranks=(None,) if memory is None else (None, 8, 4),
+    )
+    assert again.layers == made.layers and again.loss == pytest.approx(made.loss, abs=1e-6)
+    dense, point = done.points
+    eval_batches = token_batches(tokenizer, documents[:3], length=32, batch_size=64)
+    assert point["perplexity"] == pytest.approx(nbl.perplexity(done.model, eval_batches).value)
+    growing = [i for i in range(4) if i not in made.layers]
+    assert point["kv_bytes_per_token"] == 2 * 2 * 8 * 4 * len(growing)
+    bounded = sum(kind.startswith("window") for kind in made.layers.values())
+    states = sum(kind.startswith("memory") for kind in made.layers.values())
+    if not states:
+        assert point["state_bytes"] == bounded * 7 * 2 * 2 * 8 * 4
+    assert dense["state_bytes"] == 0 and said[0] == "planning ..."
 
 
 def test_a_note_says_where_two_kinds_of_text_part():
@@ -167,6 +211,15 @@ def test_the_papers_preset(compress):
         ({"sequential": True, "sweep": True}, "sequential: expected no sweep"),
         ({"length": 1000}, "length: expected at most 128"),
         ({"text": None}, "text: expected documents"),
+        ({"layers": None}, "layers, speedup, kv_bytes: expected a number of layers .*got neither"),
+        ({"speedup": 1.2}, "what a plan is to reach, got both"),
+        ({"layers": None, "speedup": 1.2, "drop": True}, "drop: expected none with a plan"),
+        ({"layers": None, "kv_bytes": 0.5, "criterion": "cca"}, "criterion: expected none"),
+        ({"layers": None, "kv_bytes": 0.5, "sweep": True}, "sweep: expected none with a plan"),
+        ({"layers": None, "speedup": 90.0}, "speedup: expected at most"),
+        ({"context": 100}, "context, batch: expected speedup or kv_bytes beside them"),
+        ({"window": nbl.Window(4), "rank": 4}, "window: expected no memory or rank beside it"),
+        ({"window": nbl.Window(4), "drop": True}, "window: expected no drop beside it"),
     ],
     ids=str,
 )

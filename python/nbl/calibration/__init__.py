@@ -10,13 +10,14 @@ store         its files, and what identifies a model and its batches
 
 from .calibrate import calibrate, fit_sequentially, measure_moments
 from .calibration import Calibration
-from .ranking import CRITERIA, MEASURED, LayerScore
+from .ranking import CRITERIA, MEASURED, LayerScore, added_losses
 
 __all__ = [
     "CRITERIA",
     "MEASURED",
     "Calibration",
     "LayerScore",
+    "added_losses",
     "calibrate",
     "fit_sequentially",
     "measure_moments",

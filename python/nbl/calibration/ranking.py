@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,16 @@ from ..layers.tokens import span_arguments
 from ..perplexity import eval_mode, perplexity, sum_nll
 from .partial import run_layers
 
-__all__ = ["CRITERIA", "MEASURED", "Greedy", "LayerScore", "greedy", "loss_scores", "ordered"]
+__all__ = [
+    "CRITERIA",
+    "MEASURED",
+    "Greedy",
+    "LayerScore",
+    "added_losses",
+    "greedy",
+    "loss_scores",
+    "ordered",
+]
 
 CRITERIA = ("greedy", "loss", "residual", "cca", "nmse", "cosine")
 MEASURED = CRITERIA[:2]  # on the model, on text
@@ -96,8 +105,8 @@ def greedy(
         for replacement in replacements.values():
             replacement.eval()
         for step in range(count):
-            now, added, finalists = _added_losses(
-                model, {i: replacements[i] for i in candidates}, batches
+            now, added, finalists = added_losses(
+                model, {i: (i, replacements[i]) for i in candidates}, batches, _FINALISTS
             )
             last |= added
             if step == 0:
@@ -110,27 +119,39 @@ def greedy(
     return Greedy(together, alone)
 
 
-def _added_losses(
-    model: PreTrainedModel, candidates: Mapping[int, nn.Module], batches: Collection[Any]
-) -> tuple[float, dict[int, float], list[int]]:
-    """(mean NLL of the model as it is, {layer: what replacing this one adds}, the layers that were
-    measured on all of the text)."""
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+@torch.no_grad()
+def added_losses(
+    model: PreTrainedModel,
+    candidates: Mapping[_Key, tuple[int, nn.Module]],
+    batches: Collection[Any],
+    finalists: int | None = None,
+) -> tuple[float, dict[_Key, float], list[_Key]]:
+    """(mean NLL of the model as it is, {candidate: what it adds}, those measured on all of the
+    text).
+
+    A candidate is (layer, what is put in its place), and is run from its own layer on. finalists:
+    only the best so many of them after half of the text are measured on the rest, too.
+    """
     layers = model.model.layers
     before: dict[int, Tensor] = {}
     total, tokens = 0.0, 0
     totals = dict.fromkeys(candidates, 0.0)
-    added: dict[int, float] = {}
+    place = {key: n for n, key in enumerate(candidates)}  # ties: the first
+    added: dict[_Key, float] = {}
     running = list(candidates)
 
     def keep(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before[i] = args[0] if args else kwargs["hidden_states"]
 
     for number, batch in enumerate(read_batches(batches, model)):
-        if number and tokens and number == len(batches) // 2:
-            added = {i: (totals[i] - total) / tokens for i in running}
-            running = sorted(running, key=lambda i: (totals[i], i))[:_FINALISTS]
+        if finalists and number and tokens and number == len(batches) // 2:
+            added = {key: (totals[key] - total) / tokens for key in running}
+            running = sorted(running, key=lambda key: (totals[key], place[key]))[:finalists]
         with ExitStack() as hooks:
-            for i in running:
+            for i in {candidates[key][0] for key in running}:
                 handle = layers[i].register_forward_pre_hook(
                     lambda module, args, kwargs, i=i: keep(i, args, kwargs), with_kwargs=True
                 )
@@ -139,10 +160,12 @@ def _added_losses(
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         nll, predicted = sum_nll(model, hidden, batch)
         total, tokens = total + nll, tokens + predicted
-        for i in running:
-            above = {i: candidates[i]} | dict(enumerate(layers[i + 1 :], i + 1))
-            hidden = run_layers(model, above, batch, before.pop(i), norm=True)
-            totals[i] += sum_nll(model, hidden, batch)[0]
+        for key in running:
+            i, replacement = candidates[key]
+            above = {i: replacement} | dict(enumerate(layers[i + 1 :], i + 1))
+            hidden = run_layers(model, above, batch, before[i], norm=True)
+            totals[key] += sum_nll(model, hidden, batch)[0]
+        before.clear()
     if tokens == 0:
         raise ValueError("batches: no token to predict; a sequence needs two tokens")
-    return total / tokens, added | {i: (totals[i] - total) / tokens for i in running}, running
+    return total / tokens, added | {key: (totals[key] - total) / tokens for key in running}, running

@@ -3,16 +3,22 @@
 import time
 
 from .. import options as given
-from ..options import CALIBRATION_TOKENS, parse_layers, parse_memory
+from ..options import CALIBRATION_TOKENS, parse_layers, parse_memory, parse_window
 from ..output import new_folder
-from ..show import done, note, progress, show_points, show_scores, show_step
+from ..show import done, note, progress, show_plan, show_points, show_scores, show_step
 
 
 def compress(
     model: given.Model,
     text: given.Texts = None,
-    layers: given.Layers = ...,
+    layers: given.Layers = None,
     output: given.Output = ...,
+    speedup: given.Speedup = None,
+    kv_bytes: given.KvBytes = None,
+    context: given.Context = None,
+    batch: given.Batch = None,
+    window: given.WindowSize = None,
+    sinks: given.Sinks = None,
     preset: given.Preset = None,
     criterion: given.Criterion = None,
     features: given.Features = None,
@@ -43,9 +49,14 @@ def compress(
 ) -> dict:
     """Calibrate, rank, replace M attention layers by linear maps, and save the model.
 
+    Or bound what they see (--window), or choose the best kind for every layer (--speedup,
+    --kv-bytes).
+
     Examples: `nbl compress meta-llama/Llama-3.2-1B --text book.txt --layers 6 -o llama-nbl-6`,
     `nbl compress demo --layers 4 --eval -o demo-nbl-4`,
-    `nbl compress demo --layers 6 --memory --rank 24 --eval -o demo-memory-6`
+    `nbl compress demo --layers 6 --memory --rank 24 --eval -o demo-memory-6`,
+    `nbl compress smollm2 --text book.txt --layers 12 --window 128 -o smollm2-window-12`,
+    `nbl compress demo --speedup 1.3 --context 1024 --batch 8 --eval -o demo-planned`
     """
     import nbl
     from nbl import pipeline
@@ -54,13 +65,17 @@ def compress(
 
     start = time.perf_counter()
     remembered = parse_memory(memory, lags, decays, choose_decays)
+    bounded = parse_window(window, sinks)
     fitting = {"sequential": sequential, "refit_mlp": refit_mlp, "drop": drop, "sweep": sweep}
     pipeline.check_choices(memory=remembered, **fitting)
     with new_folder(output, overwrite=overwrite) as folder:
         known = nbl.Calibration.load(calibration) if calibration else None
         loaded, tokenizer = models.load(model, dtype, device)
-        asked = parse_layers(layers, loaded.config.num_hidden_layers)
-        maps = 0 if drop else asked if isinstance(asked, int) else len(asked)
+        total = loaded.config.num_hidden_layers
+        asked = None if layers is None else parse_layers(layers, total)
+        maps = total if asked is None else asked if isinstance(asked, int) else len(asked)
+        if drop or (bounded and asked is not None):
+            maps = 0
         own = remembered if known is None else known.memory
         models.prepare_saving(loaded, tokenizer, folder, maps, own, rank)
         record = models.new_record("compress", model, loaded)
@@ -80,6 +95,11 @@ def compress(
                 tokenizer,
                 documents,
                 layers=asked,
+                speedup=speedup,
+                kv_bytes=kv_bytes,
+                context=context,
+                batch=batch,
+                window=bounded,
                 preset=preset,
                 criterion=criterion,
                 features=features,
@@ -104,6 +124,7 @@ def compress(
             record["calibration"] = {"folder": str(calibration), "features": known.features}
         models.save(loaded, folder, record, start)
     show_scores(record["scores"], compressed.layers)
+    show_plan(record["choice"])
     show_points(record)
     for sentence in record["notes"]:
         note(sentence)

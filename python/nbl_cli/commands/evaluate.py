@@ -58,7 +58,9 @@ def _eval(
         "seconds": seconds,
         "tokens_per_second": found.tokens / seconds,
         "linearized_layers": nbl.linearized_layers(loaded),
+        "windowed_layers": nbl.windowed_layers(loaded),
         "kv_bytes_per_token": measure.kv_bytes_per_token(loaded),
+        "state_bytes": measure.state_bytes(loaded),
         "weights": weights,
         "weight_bytes": nbl.weight_bytes(loaded),
     }
@@ -69,7 +71,9 @@ def _eval(
             "tokens": f"{found.tokens:,} predicted, in sequences of {result['length']}",
             "speed": f"{result['tokens_per_second']:,.0f} tokens/s",
             "linearized layers": ", ".join(map(str, result["linearized_layers"])) or "none",
+            "with a window": ", ".join(map(str, result["windowed_layers"])) or "none",
             "KV cache": f"{result['kv_bytes_per_token']:,} bytes per token",
+            "bounded": f"{result['state_bytes']:,} bytes per sequence (states, windows)",
             "weights": f"{result['weight_bytes']:,} bytes per decode step",
         }
     )
