@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,19 @@ class PlanPoint:
 
 
 @dataclass(frozen=True)
+class _Choice:
+    """One kind for one layer."""
+
+    layer: int
+    kind: str
+    spec: LayerSpec
+    module: nn.Module
+    cost: Cost
+    solved: nk.Lmmse | None = None
+    source: tuple[Calibration, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What :func:`plan` chose.
 
@@ -54,7 +67,6 @@ class Plan:
     loss: what they add to the mean negative log-likelihood together, measured.
     front: the points on the way, the model as it is first: every one of them is a plan.
     alone: {(layer, kind): what this change alone adds}, measured on the first half of the text.
-    specs: {layer: nbl.models.LayerSpec}, and what they need: maps and their calibrations.
     context, batch: what it was made for.
     """
 
@@ -62,11 +74,30 @@ class Plan:
     loss: float
     front: list[PlanPoint]
     alone: dict[tuple[int, str], float]
-    specs: dict[int, LayerSpec]
     context: int
     batch: int
-    maps: dict[int, nk.Lmmse] = field(repr=False)
-    _sources: dict[int, tuple[Calibration, dict[str, Any]]] = field(repr=False)
+    _made: dict[tuple[int, str], _Choice] = field(repr=False)
+
+    @property
+    def specs(self) -> dict[int, LayerSpec]:
+        """{layer: what is put in its place}."""
+        return {i: self._made[i, kind].spec for i, kind in self.layers.items()}
+
+    @property
+    def maps(self) -> dict[int, nk.Lmmse]:
+        """{layer: its map}, of those that become maps."""
+        solved = {i: self._made[i, kind].solved for i, kind in self.layers.items()}
+        return {i: one for i, one in solved.items() if one is not None}
+
+    def at(self, point: int) -> Plan:
+        """The plan that the front's point of this index is."""
+        if type(point) is not int or not 0 <= point < len(self.front):
+            raise ValueError(
+                f"point: expected an index of the front, 0 to {len(self.front) - 1}, got {point!r}"
+            )
+        front = self.front[: point + 1]
+        layers = {p.layer: p.kind for p in front if p.layer is not None and p.kind is not None}
+        return replace(self, layers=dict(sorted(layers.items())), loss=front[-1].loss, front=front)
 
     @property
     def cost(self) -> Cost:
@@ -85,27 +116,17 @@ class Plan:
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         """Makes the model, which must be the one that was planned for, what the plan says, in
         place; undone by :func:`nbl.restore`."""
-        dropped = [i for i, spec in self.specs.items() if spec.kind == "drop"]
-        for i, spec in self.specs.items():
-            if spec.kind == "window":
-                linearize(model, None, [i], window=spec.window)
-            elif spec.kind == "linear":
-                cal, options = self._sources[i]
-                linearize(model, cal, [i], **options, maps=self.maps)
+        dropped = []
+        for i, kind in self.layers.items():
+            made = self._made[i, kind]
+            if made.source is not None:
+                cal, options = made.source
+                linearize(model, cal, [i], **options, maps={i: made.solved})
+            elif made.spec.window is not None:
+                linearize(model, None, [i], window=made.spec.window)
+            else:
+                dropped.append(i)
         return drop_attention(model, dropped) if dropped else model
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One kind for one layer."""
-
-    layer: int
-    kind: str
-    spec: LayerSpec
-    module: nn.Module
-    cost: Cost
-    solved: nk.Lmmse | None = None
-    source: tuple[Calibration, dict[str, Any]] | None = None
 
 
 def plan(
@@ -227,17 +248,14 @@ def plan(
                 f"layer {point.layer}: {point.kind} instead of {point.instead_of}, "
                 f"{point.saved:,} bytes less, loss {point.loss:+.4f} in all"
             )
-    made = {i: choices[i, kind] for i, kind in sorted(search.now.items())}
     return Plan(
-        layers={i: choice.kind for i, choice in made.items()},
+        layers=dict(sorted(search.now.items())),
         loss=front[-1].loss,
         front=front,
         alone=dict(alone),
-        specs={i: choice.spec for i, choice in made.items()},
         context=context,
         batch=batch,
-        maps={i: c.solved for i, c in made.items() if c.solved is not None},
-        _sources={i: c.source for i, c in made.items() if c.source is not None},
+        _made={key: choices[key] for key in search.path},
     )
 
 
@@ -360,6 +378,7 @@ class _Search:
     ) -> None:
         self.choices, self.alone, self.stock = choices, alone, stock
         self.now: dict[int, str] = {}
+        self.path: list[tuple[int, str]] = []
         self.last: dict[tuple[int, str], float] = {}  # as measured, from the layer's kind of now
 
     def chosen(self) -> dict[int, Cost]:
@@ -370,6 +389,7 @@ class _Search:
 
     def make(self, key: tuple[int, str]) -> None:
         self.now[key[0]] = key[1]
+        self.path.append(key)
         for other in [k for k in self.last if k[0] == key[0]]:
             del self.last[other]
 

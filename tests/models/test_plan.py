@@ -92,6 +92,16 @@ def test_a_plan_is_what_it_says(asked, tiny_model, cals, batches):
     assert short or last.cache / dense.cache > asked.get("bytes", 1)
     nbl.restore(model)
     assert nll(model, batches) == before
+    # and so is every point on the way
+    for n in range(len(made.front)):
+        part = made.at(n)
+        assert part.cost == made.front[n].cost and len(part.front) == n + 1
+        part.apply(model)
+        assert nll(model, batches) - before == pytest.approx(made.front[n].loss, abs=1e-5)
+        nbl.restore(model)
+    assert made.at(n).layers == made.layers and made.at(0).layers == {}
+    with pytest.raises(ValueError, match="point: expected an index of the front"):
+        made.at(len(made.front))
 
 
 @torch.no_grad()
