@@ -1,5 +1,6 @@
 """A real model: perplexity on two kinds of text with so many attention layers replaced, by every
-kind of map and every criterion, beside dropping and the paper's recipe.
+kind of map and every criterion, or bounded by windows, beside dropping and the paper's recipe; and
+plans, beside every single kind at the bytes that it costs.
 
 The text of the calibration is one kind, its rest is held out; another kind is given beside it: maps
 fit the domain they are calibrated on. Files are arguments; nothing of them is written down but the
@@ -13,14 +14,17 @@ figures.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbl
 import torch
 import transformers
+from nbl.costs import attention_cost, other_cost
+from nbl.layers.spec import layer_specs
 from nbl.text import load_texts
 from nbl_cli import models
 from torch import Tensor
@@ -31,6 +35,9 @@ RESULT = results.FOLDER / "real.json"
 CONTEXT = 512
 ROWS = 8  # sequences of a batch
 CRITERIA = ("cosine", "nmse", "cca", "residual", "loss", "greedy")
+# What costs are counted for: a decode step of so many sequences of so many tokens.
+STEP = {"context": 4096, "batch": 8}
+PLAN = 0.25  # the share of keys, values and states that the plan goes down to
 
 
 def rows(tokenizer: Any, documents: list[Any]) -> Tensor:
@@ -61,18 +68,31 @@ class Study:
             "other kind": list(other[:test].split(ROWS)),
         }
         self.base = self.perplexities()
+        self.stock = list(self.model.model.layers)
+        self.other = other_cost(self.model, batch=STEP["batch"])
+        self.dense = sum((attention_cost(s, None, **STEP) for s in self.stock), self.other)
         self.counts: list[int] = options.counts
 
     def perplexities(self) -> dict[str, float]:
         return {name: nbl.perplexity(self.model, t).value for name, t in self.tests.items()}
 
-    def curve(self, replace: Callable[[int], Any]) -> list[dict[str, Any]]:
-        """With each number of layers replaced: replace(count) says which layers they are."""
+    def curve(
+        self, replace: Callable[[int], Any], counts: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """With each number of layers replaced: replace(count) says which layers they are, or of
+        which kinds. bytes and kv_bytes are those of a decode step (STEP)."""
         points = []
-        for count in self.counts:
+        for count in self.counts if counts is None else counts:
             try:
                 layers = replace(count)
-                points.append({"layers": sorted(layers), **self.perplexities()})
+                specs = layer_specs(self.model.config)
+                costs = [attention_cost(s, specs.get(i), **STEP) for i, s in enumerate(self.stock)]
+                cost = sum(costs, self.other)
+                chosen = (
+                    dict(sorted(layers.items())) if isinstance(layers, dict) else sorted(layers)
+                )
+                point = {"layers": chosen, **self.perplexities()}
+                points.append(point | {"bytes": cost.bytes, "kv_bytes": cost.cache})
             finally:
                 nbl.restore(self.model)
         return points
@@ -83,6 +103,8 @@ class Study:
             measured = {"model": self.model, "batches": self.measured}
         if criterion == "greedy":
             measured["count"] = max(self.counts)
+            measured["window"] = maps.pop("window", None)
+        maps.pop("window", None)
         return [score.layer for score in cal.rank(criterion, **measured, **maps)]
 
 
@@ -95,6 +117,8 @@ def kinds(size: int) -> dict[str, dict[str, Any]]:
         "memory-full": {"memory": memory, "criteria": ("residual", "greedy")},
         "memory-d4": {"memory": memory, "rank": size // 4, "criteria": ("greedy",)},
         "memory-d8": {"memory": memory, "rank": size // 8, "criteria": ("residual", "greedy")},
+        "window-128": {"window": nbl.Window(128, 1), "criteria": ("cosine", "greedy")},
+        "window-32": {"window": nbl.Window(32, 4), "criteria": ("cosine", "greedy")},
     }
 
 
@@ -105,10 +129,16 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     options.save(found, study)
     cals: dict[tuple[Any, ...], nbl.Calibration] = {}
 
-    def add(kind: str, criterion: str, seconds: float, replace: Callable[[int], Any]) -> None:
+    def add(
+        kind: str,
+        criterion: str,
+        seconds: float,
+        replace: Callable[[int], Any],
+        counts: Sequence[int] | None = None,
+    ) -> None:
         row = {"kind": kind, "criterion": criterion, "seconds_to_choose": seconds}
         row["commit"] = results.environment()["commit"]  # rows of several runs stand in one file
-        found.append(row | {"points": study.curve(replace)})
+        found.append(row | {"points": study.curve(replace, counts)})
         shown = "  ".join(
             f"{'/'.join(f'{point[name]:.2f}' for name in study.tests)}"
             for point in found[-1]["points"]
@@ -123,7 +153,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         key = tuple(seen.values())
         if key not in cals:
             cals[key] = nbl.calibrate(model, study.calibration, progress=False, **seen)
-        cal, maps = cals[key], {"rank": about.get("rank")}
+        cal, maps = cals[key], {"rank": about.get("rank"), "window": about.get("window")}
         if kind == "one-token" and "dropped" in options.only:
             order = study.order(cal, "cosine")
 
@@ -149,6 +179,29 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 return order[:count]
 
             add(kind, criterion, seconds, linearize)
+    if "plan" in options.only:
+        start = time.perf_counter()
+        cal = cals.get(("post-norm", None)) or nbl.calibrate(
+            model, study.calibration, progress=False
+        )
+        said = functools.partial(print, "   ", flush=True)
+        made = nbl.plan(model, cal, study.measured, **STEP, bytes=PLAN, say=said)
+        seconds = time.perf_counter() - start
+        # As much of the cache as is left where so many layers have no keys at all, and the end.
+        total = len(study.stock)
+        shares = [1 - count / total for count in study.counts] + [PLAN]
+        whole = made.front[0].cost.cache
+        at = [
+            next(n for n, point in enumerate(made.front) if point.cost.cache <= share * whole)
+            for share in shares
+        ]
+
+        def planned(point: int) -> dict[int, str]:
+            part = made.at(point)
+            part.apply(model)
+            return part.layers
+
+        add("plan", "plan", seconds, planned, at)
     return found
 
 
@@ -156,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everything = ("dropped", *kinds(8))
+    everything = ("dropped", *kinds(8), "plan")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True, help="calibration, and held-out text of its kind")
     parser.add_argument("--other", required=True, help="held-out text of another kind")
@@ -197,9 +250,10 @@ def main() -> None:
             "test_tokens": options.test_tokens,
             "context": CONTEXT,
             "base": study.base,
+            "step": {**STEP, "bytes": study.dense.bytes, "kv_bytes": study.dense.cache},
         }
         # What an earlier run measured of other kinds, on the same model and texts, stays.
-        facts = [name for name in record if name not in ("date", "environment", "rows")]
+        facts = [name for name in record if name not in ("date", "environment", "rows", "step")]
         if all(old.get(name) == record[name] for name in facts):
             measured = {(row["kind"], row["criterion"]) for row in found}
             kept = [r for r in old["rows"] if (r["kind"], r["criterion"]) not in measured]
