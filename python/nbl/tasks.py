@@ -303,7 +303,9 @@ def passkey(
         from nbl import demo
 
         text = demo.documents("train")
-    documents = list(text)
+    documents = [document for document in text if document.strip()]
+    if not documents:
+        raise ValueError("text: expected documents, got none with text in it")
     items = [
         _hide(tokenizer, documents, length, depth, random.Random(f"{seed} {depth} {sample}"))
         for length in lengths
@@ -334,10 +336,7 @@ def _hide(
         raise ValueError(f"lengths: expected at least {length - room}, got {length}")
     around: list[int] = []
     while len(around) < room:
-        more = tokens(choose.choice(documents))
-        if not more and not any(map(tokens, documents)):
-            raise ValueError("text: expected documents with text, got none")
-        around += more
+        around += tokens(choose.choice(documents) + "\n")
     at = round(depth * room)
     return _Item([*start, *around[:at], *hidden, *around[at:room], *asked.prefix], asked.choices)
 

@@ -1,0 +1,119 @@
+"""nbl eval --tasks: questions of files and of lm-eval, one model and two, on the shipped model."""
+
+import json
+import sys
+
+import pytest
+from command import nbl, refusal_of, result_of
+from nbl import demo, harness, tasks
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+QUESTIONS = [
+    ("A list of", ["strings.", "giraffes."], 0),
+    ("Return the", ["sandwich", "value", "ocean"], 1),
+    ("Raises an", ["elephant", "exception"], 1),
+    ("If the argument is", ["None, it is ignored", "hungry"], 0),
+    ("The number of", ["mountains", "items"], 0),  # wrong, as the model sees it
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+    return tmp_path
+
+
+def test_tasks_of_one_model(files):
+    found = result_of("eval", "demo", "--tasks", "a.jsonl:continuation,b.jsonl", "--limit", 4)
+    assert "perplexity" not in found and "against" not in found
+    assert found["kv_bytes_per_token"] and found["linearized_layers"] == []
+    first, second = found["tasks"]
+    assert (first["task"], first["style"]) == ("a.jsonl:continuation", "continuation")
+    assert (second["task"], second["style"]) == ("b.jsonl", "question")
+    model, tokenizer = demo.load()
+    for row, style, file in ((first, "continuation", "a"), (second, "question", "b")):
+        questions = tasks.load_questions(f"{file}.jsonl", limit=4)
+        expected = tasks.answer(model, tokenizer, questions, style=style)
+        assert row["right"] == expected.right.int().tolist()
+        assert (row["accuracy"], row["stderr"]) == (expected.value, expected.stderr)
+        assert row["questions"] == 4 and row["seconds"] > 0
+    assert first["accuracy"] >= 0.75
+
+
+def test_two_models_are_compared(files):
+    args = ("eval", "demo", "--weights", "int4", "--against", "demo", "--text", "demo:test")
+    args = (*args, "--max-tokens", 600, "--length", 100)
+    found = result_of(*args, "--tasks", "a.jsonl")
+    other = found["against"]
+    assert other["model"] == "demo" and other["weights"] is None and found["weights"] == "int4"
+    assert found["perplexity_ratio"] == found["perplexity"] / other["perplexity"] > 1
+    (row,) = found["tasks"]
+    right, beside = row["right"], row["against"]["right"]
+    assert row["difference"] == pytest.approx((sum(right) - sum(beside)) / 5)
+    assert row["gained"] - row["lost"] == sum(right) - sum(beside)
+    assert row["difference_stderr"] >= 0
+    shown = nbl(*args, "--tasks", "a.jsonl").stdout
+    assert "times its perplexity" in shown and "difference, points" in shown
+    alone = result_of(*args)
+    assert "tasks" not in alone and alone["perplexity_ratio"] == found["perplexity_ratio"]
+
+
+def test_other_tokens_do_not_compare(files, tiny):
+    args = ("eval", "demo", "--against", tiny, "--tasks", "a.jsonl", "--text", "demo:test")
+    done = nbl(*args, "--max-tokens", 200, "--length", 100, "--json")
+    assert done.exit_code == 0 and "perplexities do not compare" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["perplexity_ratio"] is None and found["tasks"][0]["difference_stderr"] >= 0
+
+
+def test_a_task_of_lm_eval(monkeypatch, files):
+    asked = []
+
+    def answer(model, tokenizer, task, **options):
+        asked.append((task, options))
+        return tasks.accuracy_of([1, 0, 1])
+
+    monkeypatch.setattr(harness, "check_task", lambda task: None)
+    monkeypatch.setattr(harness, "answer", answer)
+    found = result_of("eval", "demo", "--tasks", "arc_easy,piqa:acc_norm,a.jsonl", "--limit", 3)
+    assert asked == [
+        ("arc_easy", {"metric": "acc", "limit": 3}),
+        ("piqa", {"metric": "acc_norm", "limit": 3}),
+    ]
+    assert [row.get("metric") for row in found["tasks"]] == ["acc", "acc_norm", None]
+    assert found["tasks"][0]["right"] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--limit", 3], "limit: expected --tasks beside it"),
+        (["--tasks", "a.jsonl", "--limit", 0], "--limit"),
+        (["--tasks", ","], "tasks: expected FILE.jsonl[:STYLE] or a task of lm-eval, once each"),
+        (["--tasks", "a.jsonl,a.jsonl"], "once each, got 'a.jsonl,a.jsonl'"),
+        (["--tasks", "a.jsonl:loud"], "STYLE one of question, continuation, got 'a.jsonl:loud'"),
+        (["--tasks", "none.jsonl"], "tasks: expected a file, but 'none.jsonl' does not exist"),
+        (["--tasks", "bad.jsonl"], '"answer", an index from 0 to 1, at bad.jsonl:2, got 7'),
+        (["--tasks", "empty.jsonl"], "tasks: expected questions, but 'empty.jsonl' holds none"),
+        (["--tasks", "one.jsonl"], "a list of at least two, at one.jsonl:1, got ['a']"),
+    ],
+)
+def test_refusals(files, args, message):
+    good = {"question": "q", "choices": ["a", "b"], "answer": 0}
+    for name, rows in (
+        ("bad", [good, good | {"answer": 7}]),
+        ("empty", []),
+        ("one", [good | {"choices": ["a"]}]),
+    ):
+        (files / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert message in refusal_of("eval", "no/such/model", *args)  # before the model is looked for
+
+
+def test_lm_eval_is_an_extra(monkeypatch):
+    harness._task_manager.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    refused = refusal_of("eval", "demo", "--tasks", "arc_easy")
+    assert "the extra nbl_kernels[eval]: pip install lm_eval" in refused
