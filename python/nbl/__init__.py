@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from nbl_kernels import __version__
 
-from . import models
+from . import models, tasks
 from .calibration import Calibration, LayerScore, calibrate
 from .layers.cache import CacheBytes, cache_bytes
 from .layers.spec import linearized_layers
@@ -45,6 +45,7 @@ __all__ = [
     "optimize",
     "perplexity",
     "restore",
+    "tasks",
     "weight_bytes",
 ]
 

@@ -161,12 +161,13 @@ def answer(
         progress=progress,
     )
     right = []
-    for question, scores in zip(questions, read, strict=True):
+    for question, found in zip(questions, read, strict=True):
+        scores = found.tolist()
         if per_character:
-            scores = scores / torch.tensor([len(c) for c in question.choices], dtype=scores.dtype)
-        best = scores.nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf)
-        ranked = sorted(range(len(best)), key=lambda i, best=best: -float(best[i]))  # stable
-        right.append(ranked[0] == question.answer and not scores.isnan().all())
+            scores = [s / len(choice) for s, choice in zip(scores, question.choices, strict=True)]
+        known = [-math.inf if math.isnan(score) else score for score in scores]
+        first = known.index(max(known))
+        right.append(first == question.answer and not math.isnan(scores[first]))
     return accuracy_of(right)
 
 
@@ -427,16 +428,14 @@ def _read_batch(model: PreTrainedModel, batch: list[_Item]) -> list[_Found]:
     device = execution_device(model.get_input_embeddings())
     prefixes = torch.tensor([item.prefix for item in batch], device=device)
     counts = [len(item.choices) for item in batch]
-    of_prefix = torch.arange(len(batch), device=device).repeat_interleave(
-        torch.tensor(counts, device=device)
-    )
+    of_prefix = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
     choices = [torch.tensor(choice) for item in batch for choice in item.choices]
     labels = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True).to(device)
     lengths = torch.tensor([len(choice) for choice in choices], device=device)
     real = torch.arange(labels.shape[1], device=device) < lengths[:, None]
     several = labels.shape[1] > 1
     outputs = base(prefixes, use_cache=several)
-    hidden = outputs.last_hidden_state[:, -1:][of_prefix.to(outputs.last_hidden_state.device)]
+    hidden = outputs.last_hidden_state[:, -1:][of_prefix]
     if several:
         cache = output_cache(outputs)
         cache.batch_select_indices(of_prefix)

@@ -1,7 +1,9 @@
 """nbl eval --tasks: questions of files and of lm-eval, one model and two, on the shipped model."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command import nbl, refusal_of, result_of
@@ -117,3 +119,26 @@ def test_lm_eval_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     refused = refusal_of("eval", "demo", "--tasks", "arc_easy")
     assert "the extra nbl_kernels[eval]: pip install lm_eval" in refused
+
+
+def test_the_study(files):
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks").is_dir():
+        pytest.skip("the installed package has no benchmarks")
+    options = "--model demo --text demo:calibration --calibration-tokens 4096 --threads 1"
+    options += f" --tasks {files}/a.jsonl:continuation --passkey 96 --passkey-samples 1"
+    options += f" --order mine=3,1 --counts 1,2 --json {files}/out.json"
+    command = [sys.executable, "-m", "benchmarks.studies.tasks", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((files / "out.json").read_text())["rows"]
+    found = [(row["kind"], row["order"], len(row["layers"])) for row in rows]
+    maps = [("one-token", order, count) for order in ("cosine", "mine") for count in (1, 2)]
+    assert found == [("attention", "", 0), *(("dropped", "cosine", n) for n in (1, 2)), *maps]
+    assert rows[-1]["layers"] == [3, 1]
+    for row in rows:
+        assert list(row["tasks"]) == ["a.jsonl:continuation", "passkey, 96 tokens"]
+        for name, facts in row["tasks"].items():
+            base = rows[0]["tasks"][name]
+            assert len(facts["right"]) == facts["questions"] == 5
+            assert facts["difference"] == pytest.approx(facts["accuracy"] - base["accuracy"])
