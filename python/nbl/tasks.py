@@ -430,30 +430,24 @@ def _read_batch(model: PreTrainedModel, batch: list[_Item]) -> list[_Found]:
     counts = [len(item.choices) for item in batch]
     of_prefix = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
     choices = [torch.tensor(choice) for item in batch for choice in item.choices]
-    labels = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True).to(device)
-    lengths = torch.tensor([len(choice) for choice in choices], device=device)
-    real = torch.arange(labels.shape[1], device=device) < lengths[:, None]
+    labels = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True)
+    real = torch.arange(labels.shape[1]) < torch.tensor(list(map(len, choices)))[:, None]
     several = labels.shape[1] > 1
     outputs = base(prefixes, use_cache=several)
     hidden = outputs.last_hidden_state[:, -1:][of_prefix]
     if several:
         cache = output_cache(outputs)
         cache.batch_select_indices(of_prefix)
-        more = base(labels[:, :-1], use_cache=True, **{CACHE: cache}).last_hidden_state
+        more = base(labels[:, :-1].to(device), **{CACHE: cache}).last_hidden_state
         hidden = torch.cat([hidden, more], dim=1)
     scores, greedy = [], []
-    for logits, label in read_logits(model, hidden[real.to(hidden.device)], labels[real]):
+    for logits, label in read_logits(model, hidden[real], labels[real]):
         scores.append(-F.cross_entropy(logits, label, reduction="none").double().cpu())
         greedy.append((logits.argmax(-1) == label).cpu())
-    of_choice = zip(
-        torch.cat(scores).split(lengths.tolist()), torch.cat(greedy).split(lengths.tolist())
-    )
-    summed = [(nats.sum(), likeliest.all()) for nats, likeliest in of_choice]
-    starts = [sum(counts[:n]) for n in range(len(counts))]
-    return [
-        _Found(*map(torch.stack, zip(*summed[start : start + count])))
-        for start, count in zip(starts, counts, strict=True)
-    ]
+    nats, likeliest = torch.zeros(real.shape, dtype=torch.float64), torch.ones_like(real)
+    nats[real], likeliest[real] = torch.cat(scores), torch.cat(greedy)
+    each = zip(nats.sum(dim=1).split(counts), likeliest.all(dim=1).split(counts))
+    return [_Found(*found) for found in each]
 
 
 # --- checks ---------------------------------------------------------------------------------------

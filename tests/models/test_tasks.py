@@ -56,23 +56,36 @@ def plainly(model, tokenizer, before, choice):
     return float(scores.gather(-1, new[:, None]).sum()), bool((scores.argmax(-1) == new).all())
 
 
-@pytest.mark.parametrize("optimized", [False, True], ids=["", "optimized"])
-def test_log_likelihoods(model, optimized, tokenizer, questions):
+def check_scores(model, tokenizer, questions, change=lambda model: None):
+    """Against one pass over each text alone, by the model as it was before a change."""
     prompt = tasks.STYLES["question"].prompt
-    expected = [
-        torch.tensor(
-            [plainly(model, tokenizer, prompt.format(question=q.question), c)[0] for c in q.choices]
-        )
-        for q in questions
-    ]
-    if optimized:
-        nbl.optimize(model)
-    model.train()
+    expected = []
+    for q in questions:
+        before = prompt.format(question=q.question)
+        scores = [plainly(model, tokenizer, before, choice)[0] for choice in q.choices]
+        expected.append(torch.tensor(scores))
+    change(model)
     for size in (1, 60, 2048):
         found = tasks.log_likelihoods(model, tokenizer, questions, batch_tokens=size)
         for row, right in zip(found, expected, strict=True):
             torch.testing.assert_close(row.float(), right, rtol=1e-4, atol=1e-4)
-    assert model.training
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.train(), nbl.optimize], ids=["", "optimized"]
+)
+def test_log_likelihoods(model, change, tokenizer, questions):
+    check_scores(model, tokenizer, questions, change)
+    assert model.training == (change is not nbl.optimize)
+
+
+def test_log_likelihoods_of_every_family(family, tokenizer, questions):
+    check_scores(make_tiny_model(family), tokenizer, questions)
+
+
+def test_log_likelihoods_with_a_window(tokenizer, questions):
+    """Of the attention, shorter than the questions: the cache has forgotten where they begin."""
+    check_scores(make_tiny_model("mistral", sliding_window=6), tokenizer, questions)
 
 
 def test_answers_do_not_depend_on_what_is_asked_beside_them(tokenizer, questions):
