@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nbl
 import pytest
 import torch
-from tiny import FAMILY_CLASSES, MIXES, linearize_tiny, make_tiny_model, make_token_batches
+from tiny import (
+    FAMILY_CLASSES,
+    MIXES,
+    VOCAB_SIZE,
+    linearize_tiny,
+    make_tiny_model,
+    make_token_batches,
+)
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 # torch.compile's graphs on disk are looked up by the names of the operators in them, not by what
 # their fake kernels say: after a change of a result's strides a graph of before it would run here.
@@ -74,3 +87,16 @@ def padded_inputs() -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    """Words that are numbers, for the tiny models' vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+    fast.save_pretrained(tmp_path / "tokenizer")
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from nbl_kernels import __version__
 
-from . import models
+from . import models, tasks
 from .calibration import Calibration, LayerScore, calibrate
 from .layers.cache import CacheBytes, cache_bytes
 from .layers.spec import linearized_layers, windowed_layers
@@ -50,6 +50,7 @@ __all__ = [
     "perplexity",
     "plan",
     "restore",
+    "tasks",
     "weight_bytes",
     "windowed_layers",
 ]

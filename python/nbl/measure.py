@@ -23,6 +23,7 @@ from .layers.spec import linearized_layers, windowed_layers
 from .linearize import drop as drop_attention
 from .linearize import restore
 from .perplexity import perplexity
+from .upstream import output_cache
 from .window import Window
 
 __all__ = [
@@ -98,13 +99,14 @@ def state_bytes(model: PreTrainedModel) -> int:
 
 
 def _kv_bytes(model: PreTrainedModel) -> dict[int, int]:
-    """{layer: bytes of keys and values for one token}."""
+    """{layer: bytes of keys and values for one token of one sequence}, by the model's own cache."""
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        cache = output_cache(model(tokens, use_cache=True))
     found = {}
-    for i, layer in enumerate(model.model.layers):
-        attention = getattr(layer, "self_attn", None)
-        if attention is not None:
-            numbers = 2 * attention.k_proj.out_features
-            found[i] = numbers * model.dtype.itemsize
+    for i, entry in enumerate(cache.layers):
+        held = (getattr(entry, name, None) for name in ("keys", "values"))
+        found[i] = sum(t[:, :, :1].nbytes for t in held if t is not None)
     return found
 
 

@@ -17,7 +17,7 @@ from .batches import Batch, read_batches
 from .layers.tokens import span_arguments
 from .upstream import execution_device
 
-__all__ = ["Perplexity", "eval_mode", "perplexity", "sum_nll"]
+__all__ = ["Perplexity", "eval_mode", "perplexity", "read_logits", "sum_nll"]
 
 # Logits are made for so many of them at a time, whatever the vocabulary: 32 MiB of float32, which
 # stay in a large cache (half the time of 128 MiB with 49,152 tokens, on two threads).
@@ -64,7 +64,6 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Any]) -> Perplexity:
 def sum_nll(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> tuple[float, int]:
     """(the sum of -log p over the tokens of a batch that are predicted, how many these are); hidden
     (B, T, d): what the head reads."""
-    head = model.get_output_embeddings()
     hidden, labels = hidden[:, :-1], batch.input_ids[:, 1:]
     predicted = None
     if batch.attention_mask is not None:
@@ -73,14 +72,22 @@ def sum_nll(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> tuple[float
         predicted = ~batch.starts[:, 1:]
     if predicted is not None:
         hidden, labels = hidden[predicted], labels[predicted]
-    hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
-    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
     total = torch.zeros((), dtype=torch.float64)
-    for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
-        logits = head(h.to(execution_device(head))).float()
-        nll = F.cross_entropy(logits, label.to(logits.device), reduction="none")
-        total += nll.double().sum().cpu()
+    for logits, label in read_logits(model, hidden.flatten(0, -2), labels.flatten()):
+        total += F.cross_entropy(logits, label, reduction="none").double().sum().cpu()
     return total.item(), labels.numel()
+
+
+def read_logits(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (n, vocabulary) in float32, labels (n,)) of some rows at a time, all of hidden (N, d)
+    and labels (N,) one after another."""
+    head = model.get_output_embeddings()
+    device = execution_device(head)
+    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
+        yield head(h.to(device)).float(), label.to(device)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -32,13 +32,17 @@ class Bars:
 
     def __call__(self, batches: list, what: str, passes: int = 1) -> "_Watched":
         """A bar for so many passes over the batches."""
-        return _Watched(self._progress, self._add(batches, what, passes), batches)
+        total = passes * sum(batch.numel() for batch in batches)
+        return _Watched(self._progress, self._add(what, total), batches)
 
-    def _add(self, batches: list, what: str, passes: int):
+    def counter(self, what: str) -> Callable[[int, int | None], None]:
+        """A bar as the library's `progress`: called with (tokens so far, tokens in all)."""
+        task = self._add(what, None)
+        return lambda done, total: self._progress.update(task, completed=done, total=total)
+
+    def _add(self, what: str, total: int | None):
         self._progress.start()
-        return self._progress.add_task(
-            what, total=passes * sum(batch.numel() for batch in batches), what=what
-        )
+        return self._progress.add_task(what, total=total, what=what)
 
 
 class _Watched:
@@ -180,6 +184,33 @@ def show_points(record: dict) -> None:
             "repetitions.",
             style="dim",
         )
+
+
+def show_tasks(rows: list[dict], against: str | None) -> None:
+    table = _table("Right answers, with standard errors")
+    table.add_column("task")
+    table.add_column("questions", justify="right")
+    other = () if against is None else (against, "difference, points", "gained / lost")
+    for name in ("accuracy", *other):
+        table.add_column(escape(name), justify="right")
+    for row in rows:
+        cells = [_share(row["accuracy"], row["stderr"])]
+        if against is not None:
+            cells.append(_share(row["against"]["accuracy"], row["against"]["stderr"]))
+            difference = 100 * row["difference"], 100 * row["difference_stderr"]
+            cells.append("[bold]{:+.1f}[/] [dim]± {:.1f}[/]".format(*difference))
+            cells.append(f"{row['gained']} / {row['lost']}")
+        table.add_row(escape(Path(row["task"]).name), f"{row['questions']:,}", *cells)
+    out.print(table)
+    if against is not None:
+        out.print(
+            "Of a difference: over the same questions, so its error is not that of two accuracies.",
+            style="dim",
+        )
+
+
+def _share(value: float, error: float) -> str:
+    return f"[bold]{100 * value:.1f} %[/] [dim]± {100 * error:.1f}[/]"
 
 
 def _table(title: str) -> Table:

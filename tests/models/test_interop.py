@@ -16,8 +16,6 @@ from tiny import MAPS, linearize_tiny, make_tiny_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -214,19 +212,6 @@ def test_lora_on_an_optimized_model(linearized, ids):
 
 
 # --- lm-eval -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    """Words that are numbers, for the tiny models' vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{i}": i for i in range(97)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
-    fast.save_pretrained(tmp_path / "tokenizer")
-    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
 @torch.no_grad()
