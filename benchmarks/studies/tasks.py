@@ -110,7 +110,8 @@ def measure(options: argparse.Namespace) -> None:
                     if kind == "dropped":
                         nbl.drop(model, layers)
                     else:
-                        nbl.linearize(model, calibrated(about), layers, rank=about.get("rank"))
+                        own = {name: about.get(name) for name in ("rank", "window")}
+                        nbl.linearize(model, calibrated(about), layers, **own)
                     found.append(study.row(kind, order, layers))
                 finally:
                     nbl.restore(model)

@@ -34,6 +34,7 @@ from nbl_kernels import machine
 from .calibration import Calibration
 from .engines import EAGER, Engine, attentions, model_engines
 from .layers.spec import linearized_layers
+from .layers.windowed import WindowedAttention
 from .optimize import weight_bytes
 from .upstream import sliding_window
 
@@ -65,10 +66,17 @@ def decode_bytes(model: PreTrainedModel, batch: int, context: int) -> float:
     each layer's window. (Of the embedding it reads some rows: nothing.)"""
     read = weight_bytes(model)
     for attention in attentions(model):
-        tokens = min(context, sliding_window(attention) or context)
+        tokens = min(context, _seen(attention) or context)
         kv_size = attention.k_proj.out_features + attention.v_proj.out_features
         read += batch * tokens * kv_size * model.model.norm.weight.itemsize
     return read
+
+
+def _seen(attention: Any) -> int | None:
+    """How many tokens a token sees at most; None: all."""
+    if isinstance(attention, WindowedAttention):
+        return attention.spec.window.slots
+    return sliding_window(attention)
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> float:
@@ -83,7 +91,7 @@ def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> float:
     ]
     flops = 2.0 * tokens * sum(m.in_features * m.out_features for m in linears)
     for attention in attentions(model):
-        window = min(length, sliding_window(attention) or length)
+        window = min(length, _seen(attention) or length)
         pairs = length * window - window * (window - 1) / 2
         flops += 4.0 * batch * pairs * attention.q_proj.out_features
     return flops + 2.0 * batch * model.lm_head.in_features * model.lm_head.out_features

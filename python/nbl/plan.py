@@ -66,7 +66,7 @@ class Plan:
         "map rank 72", "memory", "memory rank 72", "drop".
     loss: what they add to the mean negative log-likelihood together, measured.
     front: the points on the way, the model as it is first: every one of them is a plan.
-    alone: {(layer, kind): what this change alone adds}, measured on the first half of the text.
+    alone: {(layer, kind): what this change alone adds}, measured on the first quarter of the text.
     context, batch: what it was made for.
     """
 
@@ -151,9 +151,9 @@ def plan(
 
     The cost is counted: bytes of weights, keys, values and states that a decode step of `batch`
     sequences of `context` tokens reads, which is what it takes its time for. The loss is measured:
-    first of every change alone, on the first half of `batches`; then step by step the change that
-    adds least for what it saves is made, the most promising ones being measured anew, on all of
-    `batches`, with the changes before them in place. Nothing is changed in the model.
+    first of every change alone, on the first quarter of `batches`; then step by step the change
+    that adds least for what it saves is made, the most promising ones being measured anew, on all
+    of `batches`, with the changes before them in place. Nothing is changed in the model.
 
     Args:
         model: a supported causal LM with all its attention.
@@ -210,10 +210,10 @@ def plan(
     with ExitStack() as changed, eval_mode(model):
         for choice in choices.values():
             choice.module.eval()
-        half = batches[: max(1, len(batches) // 2)]
+        sample = batches[: max(1, len(batches) // 4)]
         say(f"measuring {len(choices)} changes alone")
         candidates = {key: (c.layer, c.module) for key, c in choices.items()}
-        _, alone, _ = added_losses(model, candidates, half)
+        _, alone, _ = added_losses(model, candidates, sample)
         search = _Search(choices, dict(alone), stock)
         first = needs.cost({})
         front = [PlanPoint(None, None, None, 0.0, first)]
