@@ -17,11 +17,11 @@ from .batches import Batch, read_batches
 from .layers.linearized import memory_arguments
 from .upstream import execution_device
 
-__all__ = ["Perplexity", "eval_mode", "perplexity", "sum_nll"]
+__all__ = ["LOGITS_AT_ONCE", "Perplexity", "eval_mode", "perplexity", "sum_nll"]
 
 # Logits are made for so many of them at a time, whatever the vocabulary: 32 MiB of float32, which
 # stay in a large cache (half the time of 128 MiB with 49,152 tokens, on two threads).
-_LOGITS_AT_ONCE = 1 << 23
+LOGITS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def sum_nll(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> tuple[float
     if predicted is not None:
         hidden, labels = hidden[predicted], labels[predicted]
     hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
-    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     total = torch.zeros((), dtype=torch.float64)
     for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
         logits = head(h.to(execution_device(head))).float()

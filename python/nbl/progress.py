@@ -11,7 +11,7 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(
-    progress: bool | Callable[[int, int | None], None], total: int | None
+    progress: bool | Callable[[int, int | None], None], total: int | None, what: str = "calibrating"
 ) -> Iterator[Callable[[int], None]]:
     if callable(progress):
         yield lambda tokens: progress(tokens, total)
@@ -41,5 +41,5 @@ def progress_bar(
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("calibrating", total=total)
+            task = bar.add_task(what, total=total)
             yield lambda tokens: bar.update(task, completed=tokens)

@@ -55,6 +55,9 @@ def models(model: PreTrainedModel, tokenizer: object, batches: list[Tensor]) -> 
     done = nbl.compress(model, tokenizer, ["a text"], layers=4)
     assert_type(done, nbl.Compressed)
     assert_type(done.layers, list[int])
+    healed = nbl.heal(model, None, batches, steps=100, rank=8)
+    assert_type(healed, nbl.Healed)
+    assert_type(healed.after, float)
     runner = nbl.Runner(model, max_batch_size=1, max_length=64)
     for tokens in runner.stream(batches[0], 8):
         assert_type(tokens, Tensor)

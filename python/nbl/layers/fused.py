@@ -15,6 +15,8 @@ layer, weights of torchao or offloaded ones), and where attention weights are as
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +31,15 @@ from .linearized import LinearizedDecoderLayer, MemorySpan
 from .plain import LINEARS, all_are_observed, has_plain_weights, is_observed, is_plain
 from .quantized import QuantizedLinear, quantize_linears, quantized_linears, scale_of
 
-__all__ = ["FusedHead", "FusedLayer", "add_linear", "check_fusible", "fuse", "unfuse"]
+__all__ = [
+    "FusedHead",
+    "FusedLayer",
+    "add_linear",
+    "check_fusible",
+    "fuse",
+    "meant_to_record",
+    "unfuse",
+]
 
 
 class Packed:
@@ -392,6 +402,18 @@ def _say_that_gradients_are_recorded() -> None:
             "torch.no_grad(), or train it after nbl.restore",
             stacklevel=2,
         )
+
+
+@contextmanager
+def meant_to_record() -> Iterator[None]:
+    """Without that warning, for the length of the block: gradients are recorded on purpose."""
+    before = set(_said)
+    _said.add("gradients")
+    try:
+        yield
+    finally:
+        _said.clear()
+        _said.update(before)
 
 
 def _class_name(value: object) -> str:
