@@ -157,6 +157,8 @@ def heal(
         optimizer = torch.optim.Adam(leaves, lr=lr, betas=_BETAS)
         held = [pair.read(batch) for batch in _joined(held_out, most)]
         before = lowest = _measured(pair, held, count)
+        if not math.isfinite(before):
+            raise ValueError("model: its divergence from the original is not finite")
         losses = []
         for step, chosen in enumerate(plan, start=1):
             kl, tokens = 0.0, 0

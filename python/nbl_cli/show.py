@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -32,13 +32,17 @@ class Bars:
 
     def __call__(self, batches: list, what: str, passes: int = 1) -> "_Watched":
         """A bar for so many passes over the batches."""
-        return _Watched(self._progress, self._add(batches, what, passes), batches)
+        task = self._add(what, passes * sum(batch.numel() for batch in batches))
+        return _Watched(self._progress, task, batches)
 
-    def _add(self, batches: list, what: str, passes: int):
+    def counter(self, what: str) -> Callable[[int, int | None], None]:
+        """A bar moved by (tokens so far, tokens in all): what nbl.heal takes as `progress`."""
+        task = self._add(what, None)
+        return lambda tokens, total: self._progress.update(task, completed=tokens, total=total)
+
+    def _add(self, what: str, total: int | None):
         self._progress.start()
-        return self._progress.add_task(
-            what, total=passes * sum(batch.numel() for batch in batches), what=what
-        )
+        return self._progress.add_task(what, total=total, what=what)
 
 
 class _Watched:
