@@ -191,7 +191,7 @@ def test_half_precision(dtype):
     healed = nbl.heal(model, None, make_token_batches(8), **QUICK)
     assert healed.kept and {p.dtype for p in model.parameters()} == {dtype}
     with pytest.raises(ValueError, match=r"lr: step \d+ of 24 is not finite in torch"):
-        nbl.heal(model, None, make_token_batches(8), **QUICK | {"lr": 3e38})
+        nbl.heal(model, None, make_token_batches(8), **QUICK | {"lr": 1e37})
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="model: its divergence from the original is not finite"):

@@ -1,7 +1,6 @@
 """nbl heal: the maps of a compressed model trained against the original's logits."""
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -162,6 +161,6 @@ def _load_original(name: str, dtype: str, device: str, *, named: bool):
         return models.load(name, dtype, device)[0]
     except ValueError as error:
         message = str(error).replace("model:", "original:", 1)
-        if not named and Path(name).name != name:
-            message += " (the record in OUT says so; --original says where it is now)"
+        if not named:
+            message += " (so says the record in OUT; --original says where it is now)"
         raise ValueError(message) from error
