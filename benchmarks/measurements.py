@@ -231,19 +231,18 @@ def real() -> str:
 def heal() -> str:
     record, said = of_study("heal", "--text TEXT --other OTHER")
 
-    def cells(name: str, kl: float | str, found: dict[str, Any], cost: str) -> list[object]:
-        shown = kl if isinstance(kl, str) else f"{kl:.3f}"
-        return [name, shown, *(f"{found[text]:.2f}" for text in record["base"]), cost]
+    def cells(name: str, steps: object, kl: float, found: dict[str, Any]) -> list[object]:
+        return [name, steps, f"{kl:.3f}", *(f"{found[text]:.2f}" for text in record["base"])]
 
-    closed = record["rows"][0]["kl_before"]
+    count, closed = len(record["layers"]), record["rows"][0]["kl_before"]
     rows = [
-        cells("the model itself", "0", record["base"], ""),
-        cells(f"{len(record['layers'])} maps in closed form", closed, record["closed form"], ""),
+        cells("the model itself", "", 0, record["base"]),
+        cells(f"{count} maps in closed form, not trained", "", closed, record["closed form"]),
     ]
-    for row in record["rows"]:
-        rows.append(cells(row["name"], row["kl_after"], row, f"{row['seconds'] / 60:.0f} min"))
-    head = ["what is trained, learning rate", "KL, nats per token"]
-    return grid([*head, *(f"perplexity, {text}" for text in record["base"]), "time"], rows) + said
+    for row in sorted(record["rows"], key=lambda row: (row["steps"], row["kl_after"])):
+        rows.append(cells(row["name"], row["steps"], row["kl_after"], row))
+    head = ["what is trained, learning rate", "steps", "KL, nats per token"]
+    return grid([*head, *(f"perplexity, {text}" for text in record["base"])], rows) + said
 
 
 def summary() -> str:

@@ -73,7 +73,7 @@ def heal(
     *,
     steps: int = 100,
     tokens_per_step: int = 1024,
-    lr: float = 3e-4,
+    lr: float = 1e-3,
     rank: int | None = None,
     validation: Iterable[Any] | None = None,
     progress: bool | Callable[[int, int | None], None] = True,

@@ -27,7 +27,7 @@ def heal(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 100,
     tokens_per_step: Annotated[int, typer.Option(min=1, help="At least so many.")] = 1024,
-    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 3e-4,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
     rank: Annotated[
         int | None,
         typer.Option(
