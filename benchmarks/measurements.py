@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.results import FOLDER, ROOT, read
 
-DOCUMENTS = ("README.md", "docs/measurements.md", "docs/memory.md", "docs/cuda.md")
+DOCUMENTS = ("README.md", "docs/measurements.md", "docs/memory.md", "docs/heal.md", "docs/cuda.md")
 MARK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- / -->)", re.DOTALL)
 GPU = "gpu-nvidia-h200-2026-11-26T2218.json"
 GPU_COVARIANCE = "gpu-nvidia-h200-2026-11-26T2226-covariance.json"
@@ -228,6 +228,23 @@ def real() -> str:
     return grid(head, rows) + said
 
 
+def heal() -> str:
+    record, said = of_study("heal", "--text TEXT --other OTHER")
+
+    def cells(name: str, steps: object, kl: float, found: dict[str, Any]) -> list[object]:
+        return [name, steps, f"{kl:.3f}", *(f"{found[text]:.2f}" for text in record["base"])]
+
+    count, closed = len(record["layers"]), record["rows"][0]["kl_before"]
+    rows = [
+        cells("the model itself", "", 0, record["base"]),
+        cells(f"{count} maps in closed form, not trained", "", closed, record["closed form"]),
+    ]
+    for row in sorted(record["rows"], key=lambda row: (row["steps"], row["kl_after"])):
+        rows.append(cells(row["name"], row["steps"], row["kl_after"], row))
+    head = ["what is trained, learning rate", "steps", "KL, nats per token"]
+    return grid([*head, *(f"perplexity, {text}" for text in record["base"])], rows) + said
+
+
 def summary() -> str:
     """For the README: the real model, the best known one-token maps beside both baselines."""
     record = read(FOLDER / "real.json")
@@ -432,6 +449,7 @@ TABLES: dict[str, Callable[[], str]] = {
         demo_speed,
         retrieval,
         real,
+        heal,
         engines,
         quantization,
         speculative,

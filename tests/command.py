@@ -13,6 +13,7 @@ COMMANDS = (
     "calibrate",
     "rank",
     "compress",
+    "heal",
     "eval",
     "generate",
     "report",

@@ -14,6 +14,7 @@ from nbl_kernels import __version__
 
 from . import models, tasks
 from .calibration import Calibration, LayerScore, calibrate
+from .heal import Healed, heal
 from .layers.cache import CacheBytes, cache_bytes
 from .layers.spec import linearized_layers, windowed_layers
 from .linearize import drop, linearize, restore
@@ -31,6 +32,7 @@ __all__ = [
     "Calibration",
     "Compressed",
     "DraftReport",
+    "Healed",
     "LayerScore",
     "Memory",
     "Perplexity",
@@ -43,6 +45,7 @@ __all__ = [
     "compress",
     "draft_model",
     "drop",
+    "heal",
     "linearize",
     "linearized_layers",
     "models",

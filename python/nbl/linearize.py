@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ __all__ = [
     "forget_originals",
     "linear_layers",
     "linearize",
+    "original_layers",
     "restore",
 ]
 
@@ -277,14 +279,13 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     layers = model.model.layers
     for i, original in originals.items():
         current = layers[i]
-        like = current.post_attention_layernorm.weight
-        original.to(device=like.device, dtype=like.dtype)
+        _follow(original, current)
         original.train(current.training)
         share_checkpointing(current, original)
         layers[i] = original
     for i, weight in vars(model).pop(_ORIGINAL_DOWN, {}).items():
         linear = layers[i].mlp.down_proj
-        weight.data = weight.data.to(device=linear.weight.device, dtype=linear.weight.dtype)
+        _move(weight, like=linear.weight)
         linear.weight = weight
     vars(model).pop(_ORIGINALS, None)
     model.__class__ = family.causal_lm
@@ -293,6 +294,46 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     vars(model.config).pop("model_type", None)  # a checkpoint's
     model.config.__class__ = family.config
     return model
+
+
+@contextmanager
+def original_layers(model: PreTrainedModel) -> Iterator[dict[int, torch.nn.Module]]:
+    """{layer: the one that :func:`restore` would give back}, and refitted down projections as they
+    were, for the length of the block. The linearized layers stay in the model.
+
+    ValueError where an original is gone: the layer came with a checkpoint.
+    """
+    kept = dict(vars(model).get(_ORIGINALS, {}))
+    lost = [i for i in linearized_layers(model) if i not in kept]
+    if lost:
+        raise ValueError(f"the attention of layers {lost} is not in memory")
+    for i in windowed_layers(model):
+        if i not in kept:
+            kept[i] = whole_layer(model.model.layers[i])
+    layers = dict(enumerate(model.model.layers)) | kept
+    for i, layer in kept.items():
+        _follow(layer, model.model.layers[i])
+    fitted = {}
+    try:
+        for i, weight in vars(model).get(_ORIGINAL_DOWN, {}).items():
+            linear = layers[i].mlp.down_proj
+            fitted[i] = linear.weight
+            _move(weight, like=linear.weight)
+            linear.weight = weight
+        yield layers
+    finally:
+        for i, weight in fitted.items():
+            layers[i].mlp.down_proj.weight = weight
+
+
+def _follow(original: torch.nn.Module, current: torch.nn.Module) -> None:
+    """A layer that was kept aside goes where the model went meanwhile."""
+    like = current.post_attention_layernorm.weight
+    original.to(device=like.device, dtype=like.dtype)
+
+
+def _move(weight: torch.nn.Parameter, like: torch.Tensor) -> None:
+    weight.data = weight.data.to(device=like.device, dtype=like.dtype)
 
 
 def _template(model: PreTrainedModel, layer_id: int, spec: LayerSpec) -> torch.nn.Module:

@@ -1,9 +1,9 @@
-"""The record that `calibrate`, `compress` and `demo` leave, nbl_report.json, read without trust.
+"""The record that nbl leaves in a folder that it wrote, nbl_report.json, read without trust.
 
 The record's parts, all optional but the first two:
 
     nbl_report    1, the version of this list
-    command       calibrate | compress | demo
+    command       calibrate | compress | heal | demo
     date, seconds, model {name, type, layers, hidden_size, parameters}, conditions {...}
     calibration   {text, tokens, length, features}
     scores        {criterion: [score of layer 0, 1, ...]}, null for a layer not calibrated
@@ -14,6 +14,8 @@ The record's parts, all optional but the first two:
     points        [{layers, perplexity, kv_bytes_per_token, state_bytes, prefill, decode, drop:
                   {layers, perplexity}, drop_same: {layers, perplexity}, other: {perplexity, drop}},
                   ...], the first one dense
+    healing       {compressed, text, steps, tokens_per_step, lr, rank, tokens, kl_before, kl_after,
+                  kept, perplexity: {original, before, after}}
     evaluation, other  {text, tokens, length};  speed {prompt_tokens, new_tokens, repetitions}
     samples       {prompt, continuations: {name: text}};  notes [text, ...]
 """
@@ -30,7 +32,7 @@ def read_record(folder: str | Path) -> dict:
     path = Path(folder) / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"dir: expected a folder written by nbl calibrate, compress or demo, but "
+            f"dir: expected a folder written by nbl calibrate, compress, heal or demo, but "
             f"{str(folder)!r} has no {RECORD}"
         )
     try:

@@ -103,7 +103,8 @@ def _title(record: dict) -> str:
     verb = "dropped" if choice.get("method") == "drop" else "linearized"
     if "kinds" in choice or "window" in choice:
         verb = "replaced" if "kinds" in choice else "with a window"
-    return f"NBL: {name}, {len(layers)} attention layers {verb}"
+    healed = ", the maps trained" if part_of(record, "healing").get("kept") is True else ""
+    return f"NBL: {name}, {len(layers)} attention layers {verb}{healed}"
 
 
 def _headline(record: dict) -> str:
@@ -139,6 +140,9 @@ def _headline(record: dict) -> str:
             change = f"{new / old:.2f}×"
             if key == "perplexity":
                 change = f"{other}: {plain_number(instead)}"
+                if part_of(record, "healing"):
+                    before = part_of(part_of(record, "healing"), "perplexity").get("before")
+                    change = f"before healing: {plain_number(before)}"
             elif key == "kv_bytes_per_token":
                 change = f"{new / old - 1:+.0%}".replace("-", "−")
             tiles.append(
@@ -275,7 +279,8 @@ def _conditions(record: dict) -> str:
     ]
     if number(record.get("seconds")) is not None:
         rows.append(("duration", f"{record['seconds']:.0f} s"))
-    for part in ("conditions", "calibration", "evaluation", "other", "speed", "choice"):
+    parts = ("conditions", "calibration", "healing", "evaluation", "other", "speed", "choice")
+    for part in parts:
         for key, value in part_of(record, part).items():
             if key == "front":  # a table of its own
                 continue

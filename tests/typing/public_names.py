@@ -71,6 +71,9 @@ def models(model: PreTrainedModel, tokenizer: object, batches: list[Tensor]) -> 
     assert_type(nbl.tasks.log_likelihoods(model, tokenizer, questions), list[Tensor])
     keys = nbl.tasks.passkey(model, tokenizer, lengths=[256, 512], samples=2)
     assert_type(keys, dict[int, nbl.tasks.Accuracy])
+    healed = nbl.heal(model, None, batches, steps=100, rank=8)
+    assert_type(healed, nbl.Healed)
+    assert_type(healed.after, float)
     runner = nbl.Runner(model, max_batch_size=1, max_length=64)
     for tokens in runner.stream(batches[0], 8):
         assert_type(tokens, Tensor)

@@ -15,6 +15,8 @@ layer, weights of torchao or offloaded ones), and where attention weights are as
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +33,15 @@ from .quantized import QuantizedLinear, quantize_linears, quantized_linears, sca
 from .tokens import TokenSpan
 from .windowed import WindowedAttention
 
-__all__ = ["FusedHead", "FusedLayer", "add_linear", "check_fusible", "fuse", "unfuse"]
+__all__ = [
+    "FusedHead",
+    "FusedLayer",
+    "add_linear",
+    "check_fusible",
+    "fuse",
+    "meant_to_record",
+    "unfuse",
+]
 
 
 class Packed:
@@ -401,6 +411,18 @@ def _say_that_gradients_are_recorded() -> None:
             "torch.no_grad(), or train it after nbl.restore",
             stacklevel=2,
         )
+
+
+@contextmanager
+def meant_to_record() -> Iterator[None]:
+    """Without that warning, for the length of the block: gradients are recorded on purpose."""
+    before = set(_said)
+    _said.add("gradients")
+    try:
+        yield
+    finally:
+        _said.clear()
+        _said.update(before)
 
 
 def _class_name(value: object) -> str:

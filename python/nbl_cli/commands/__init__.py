@@ -10,7 +10,8 @@ from .demo import demo
 from .doctor import doctor
 from .evaluate import _eval
 from .generate import generate
+from .heal import heal
 from .rank import rank
 from .report import _report
 
-COMMANDS = (calibrate, rank, compress, _eval, generate, _report, bench, demo, doctor)
+COMMANDS = (calibrate, rank, compress, heal, _eval, generate, _report, bench, demo, doctor)

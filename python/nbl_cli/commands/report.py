@@ -16,7 +16,9 @@ def _report(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="Folder written by calibrate, compress or demo.", show_default=False
+            metavar="DIR",
+            help="Folder written by calibrate, compress, heal or demo.",
+            show_default=False,
         ),
     ],
     output: Annotated[
