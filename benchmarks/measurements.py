@@ -14,6 +14,7 @@ import csv
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -210,6 +211,8 @@ KINDS = {  # in real.json: in a table
     "memory-full": "memory, full rank",
     "memory-d4": "memory, rank d/4",
     "memory-d8": "memory, rank d/8",
+    "window-128": "itself, seeing 128 tokens + 1",
+    "window-32": "itself, seeing 32 tokens + 4",
 }
 
 
@@ -220,11 +223,74 @@ def real() -> str:
     base = record["base"]
     nothing[2] = f"{base['same kind']:.2f} / {base['other kind']:.2f}"
     rows = [nothing]
-    for row in sorted(record["rows"], key=lambda row: list(KINDS).index(row["kind"])):
+    found = [row for row in record["rows"] if row["kind"] in KINDS]
+    for row in sorted(found, key=lambda row: list(KINDS).index(row["kind"])):
         cells = (f"{p['same kind']:.1f} / {p['other kind']:.1f}" for p in row["points"])
         rows.append([KINDS[row["kind"]], row["criterion"], *cells])
     total = record["num_hidden_layers"]
     head = ["in the place of attention", "layers by", *(f"{m} of {total}" for m in counts)]
+    return grid(head, rows) + said
+
+
+def plans() -> str:
+    """Plans, beside single kinds that leave about as much of the cache."""
+    record, said = of_study("real", "--text TEXT --other OTHER --only plan")
+    by_kind = {(row["kind"], row["criterion"]): row["points"] for row in record["rows"]}
+    dense = record["step"]
+    singles = [
+        kind for kind in ("window-128", "one-token", "dropped") if (kind, "cosine") in by_kind
+    ]
+
+    def cell(point: dict[str, Any]) -> str:
+        return f"{point['same kind']:.1f} / {point['other kind']:.1f}"
+
+    rows = []
+    for n, point in enumerate(by_kind["plan", "plan"]):
+        kinds = Counter(str(kind) for kind in point["layers"].values())
+        row = [
+            f"{point['kv_bytes'] / dense['kv_bytes']:.0%}",
+            f"{dense['bytes'] / point['bytes']:.2f}×",
+            ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
+            cell(point),
+        ]
+        for kind in singles:
+            points = by_kind[kind, "cosine"]
+            row.append(cell(points[n]) if n < len(points) else "")
+        rows.append(row)
+    head = ["cache left", "bytes of a step, fewer", "the plan's kinds", "plan"]
+    return grid([*head, *(KINDS[kind] for kind in singles)], rows) + said
+
+
+def long_quality() -> str:
+    record, said = of_study("long_context", "--text TEXT --calibration OTHER")
+    first = next(iter(record["variants"].values()))
+    keys = list(first.get("passkey", {}))
+    rows = [
+        [
+            name,
+            *(f"{value:.2f}" for value in row["perplexity"].values()),
+            *(f"{row['passkey'][key]['accuracy']:.0%}" for key in keys),
+        ]
+        for name, row in record["variants"].items()
+    ]
+    head = ["layers, by cosine", *(f"perplexity, {n} tokens" for n in first["perplexity"])]
+    return grid([*head, *(f"passkey in {n}" for n in keys)], rows) + said
+
+
+def long_costs() -> str:
+    record, said = of_study("long_context", "--text TEXT --calibration OTHER")
+    base = next(iter(record["variants"].values()))
+    rows = []
+    for name, row in record["variants"].items():
+        cells = [f"{value / 2**20:.1f}" for value in row["kv_bytes"].values()]
+        for kind in ("decode", "prefill"):
+            cells += [
+                f"{value:,.0f} ({value / base[kind][context]:.2f}×)"
+                for context, value in row[kind].items()
+            ]
+        rows.append([name, *cells])
+    head = ["layers, by cosine", *(f"keys and values at {n}, MiB" for n in base["kv_bytes"])]
+    head += [f"{kind} at {n}, tokens/s" for kind in ("decode", "prefill") for n in base[kind]]
     return grid(head, rows) + said
 
 
@@ -449,6 +515,9 @@ TABLES: dict[str, Callable[[], str]] = {
         demo_speed,
         retrieval,
         real,
+        plans,
+        long_quality,
+        long_costs,
         heal,
         engines,
         quantization,

@@ -62,6 +62,10 @@ class Study:
         if len(first) <= sequences:
             raise SystemExit(f"--text: {len(first) * CONTEXT} tokens leave nothing held out")
         self.calibration = list(first[:sequences].split(ROWS))
+        # As many tokens, half of them of the other kind; one batch of each in turns.
+        half = first[: sequences // 2], other[test : test + sequences // 2]
+        pairs = zip(*(part.split(ROWS) for part in half))
+        self.mixed = [batch for pair in pairs for batch in pair]
         self.measured = self.calibration[: max(1, options.loss_tokens // (ROWS * CONTEXT))]
         self.tests = {
             "same kind": list(first[sequences : sequences + test].split(ROWS)),
@@ -97,10 +101,13 @@ class Study:
                 nbl.restore(self.model)
         return points
 
-    def order(self, cal: nbl.Calibration, criterion: str, **maps: Any) -> list[int]:
+    def order(
+        self, cal: nbl.Calibration, criterion: str, *, mixed: bool = False, **maps: Any
+    ) -> list[int]:
         measured: dict[str, Any] = {}
         if criterion in ("loss", "greedy"):
-            measured = {"model": self.model, "batches": self.measured}
+            read = self.mixed[: len(self.measured)] if mixed else self.measured
+            measured = {"model": self.model, "batches": read}
         if criterion == "greedy":
             measured["count"] = max(self.counts)
             measured["window"] = maps.pop("window", None)
@@ -114,6 +121,7 @@ def kinds(size: int) -> dict[str, dict[str, Any]]:
     return {
         "paper": {"features": "pre-norm", "criteria": ("cca",)},
         "one-token": {"criteria": CRITERIA},
+        "one-token-mix": {"mixed": True, "criteria": ("cosine", "residual", "greedy")},
         "memory-full": {"memory": memory, "criteria": ("residual", "greedy")},
         "memory-d4": {"memory": memory, "rank": size // 4, "criteria": ("greedy",)},
         "memory-d8": {"memory": memory, "rank": size // 8, "criteria": ("residual", "greedy")},
@@ -150,9 +158,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if kind not in options.only and not (kind == "one-token" and "dropped" in options.only):
             continue
         seen = {"features": about.get("features", "post-norm"), "memory": about.get("memory")}
-        key = tuple(seen.values())
+        mixed = about.get("mixed", False)
+        key = (*seen.values(), mixed)
         if key not in cals:
-            cals[key] = nbl.calibrate(model, study.calibration, progress=False, **seen)
+            read = study.mixed if mixed else study.calibration
+            cals[key] = nbl.calibrate(model, read, progress=False, **seen)
         cal, maps = cals[key], {"rank": about.get("rank"), "window": about.get("window")}
         if kind == "one-token" and "dropped" in options.only:
             order = study.order(cal, "cosine")
@@ -166,7 +176,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         for criterion in (c for c in about["criteria"] if c in options.criteria):
             start = time.perf_counter()
-            order = study.order(cal, criterion, **maps)
+            order = study.order(cal, criterion, mixed=mixed, **maps)
             seconds = time.perf_counter() - start
 
             def linearize(
@@ -181,11 +191,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             add(kind, criterion, seconds, linearize)
     if "plan" in options.only:
         start = time.perf_counter()
-        cal = cals.get(("post-norm", None)) or nbl.calibrate(
-            model, study.calibration, progress=False
+        # A plan is for what the model will read: maps and losses of both kinds of text.
+        cal = cals.get(("post-norm", None, True)) or nbl.calibrate(
+            model, study.mixed, progress=False
         )
         said = functools.partial(print, "   ", flush=True)
-        made = nbl.plan(model, cal, study.measured, **STEP, bytes=PLAN, say=said)
+        read = study.mixed[: len(study.measured)]
+        made = nbl.plan(model, cal, read, **STEP, bytes=PLAN, say=said)
         seconds = time.perf_counter() - start
         # As much of the cache as is left where so many layers have no keys at all, and the end.
         total = len(study.stock)

@@ -18,10 +18,11 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,14 @@ __all__ = [
     "Document",
     "count_tokens",
     "load_texts",
+    "mix_texts",
     "split_documents",
     "token_batches",
 ]
 
 DEMO_SPLITS = ("train", "calibration", "validation", "test")
 _DATASET_SPLITS = ("train", "validation", "valid", "dev", "test")
+_LONG = 1 << 14  # characters: what is longer is cut where kinds of text take turns
 _MIN_REST = 32  # tokens: a shorter last piece says more about its first words than about the text
 
 
@@ -89,6 +92,62 @@ def load_texts(sources: Iterable[str | Path], *, max_chars: int | None = None) -
     if not documents:
         raise ValueError("text: expected at least one source, got none")
     return documents
+
+
+def mix_texts(
+    kinds: Sequence[Sequence[Document]], weights: Sequence[float] | None = None
+) -> list[Document]:
+    """Documents of several kinds in turns: wherever a reader stops, each kind has about its share.
+
+    Maps fit the kinds of text that they are calibrated on; read one after another, with a limit on
+    the tokens, the last kinds are never seen. Long documents are cut into pieces, where a line or a
+    word ends.
+
+    Args:
+        kinds: the documents of each kind, as :func:`load_texts` gives them.
+        weights: each kind's share of the characters, in any unit. It ends where one kind has no
+            more. None: shares are what there is of each, and everything is there.
+
+    Raises:
+        ValueError: no kind, an empty one, weights that are not positive, or not one per kind.
+    """
+    pieces = [[piece for document in kind for piece in _cut(document)] for kind in kinds]
+    if not pieces or not all(pieces):
+        raise ValueError(f"kinds: expected documents of each, got {[len(kind) for kind in kinds]}")
+    sizes = [sum(len(str(piece)) for piece in kind) for kind in pieces]
+    shares = list(sizes if weights is None else weights)
+    if len(shares) != len(pieces) or not all(math.isfinite(w) and w > 0 for w in shares):
+        raise ValueError(
+            f"weights: expected {len(pieces)} positive numbers, one for each kind, got {shares}"
+        )
+    mixed: list[Document] = []
+    taken, places = [0.0] * len(pieces), [0] * len(pieces)
+    while True:
+        left = [i for i, place in enumerate(places) if place < len(pieces[i])]
+        turn = left if weights is None else range(len(pieces))
+        least = min(turn, key=lambda i: taken[i] / shares[i], default=None)
+        if least not in left:
+            return mixed
+        piece = pieces[least][places[least]]
+        mixed.append(piece)
+        taken[least] += len(str(piece))
+        places[least] += 1
+
+
+def _cut(document: Document) -> Iterator[Document]:
+    """A long text in pieces, each up to the end of a line, or of a word."""
+    if isinstance(document, Chat):
+        yield document
+        return
+    start = 0
+    while len(document) - start > _LONG:
+        end = max(document.rfind(mark, start + 1, start + _LONG) for mark in ("\n", " ")) + 1
+        end = document.rfind("\n", start + _LONG // 2, start + _LONG) + 1 or end
+        end = end if end > start else start + _LONG
+        yield document[start:end]
+        start = end
+    if document[start:].strip() or start == 0:
+        yield document[start:]
 
 
 def split_documents(

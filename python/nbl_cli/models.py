@@ -10,8 +10,9 @@ import torch
 import transformers
 from nbl import gguf_file, measure, saving
 from nbl.selfcheck import check_installed
-from nbl.text import Document, load_texts
+from nbl.text import Document, load_texts, mix_texts
 
+from .options import parse_weights
 from .output import write_record
 from .streams import err, out
 
@@ -71,13 +72,24 @@ def _device(name: str) -> torch.device:
 
 
 def read_texts(
-    model: str, text: list[str] | None, max_tokens: int | None, demo_split: str = "calibration"
+    model: str,
+    text: list[str] | None,
+    max_tokens: int | None,
+    demo_split: str = "calibration",
+    mix: str | None = None,
+    in_turns: bool = True,
 ) -> tuple[list[Document], list[str]]:
-    """(documents, sources); the demo model brings its own text."""
+    """(documents, sources); the demo model brings its own text. Several sources take turns, so that
+    each has its share wherever reading stops (mix says which); or follow one another."""
     if not text and model != "demo":
         raise ValueError("text: expected --text with files, folders, - or dataset:NAME, got none")
     sources = list(text or [f"demo:{demo_split}"])
-    return load_texts(sources, max_chars=max_tokens and 8 * max_tokens), sources
+    weights = parse_weights(mix, len(sources))
+    most = max_tokens and 8 * max_tokens
+    kinds = [load_texts([source], max_chars=most) for source in sources]
+    if len(kinds) == 1 or not in_turns:
+        return [document for kind in kinds for document in kind], sources
+    return mix_texts(kinds, weights), sources
 
 
 def read_held_out(

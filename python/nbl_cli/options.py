@@ -33,6 +33,14 @@ Texts = Annotated[
         "dataset:NAME[:CONFIG][:SPLIT], demo:train|calibration|test.",
     ),
 ]
+Mix = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W,...",
+        help="With several --text: the share of each, as 2,1.",
+        show_default="what there is of each",
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option("-o", "--output", metavar="DIR", help="Folder to create.", show_default=False),
@@ -224,6 +232,21 @@ def parse_memory(
     if decays is not None:
         options["decays"] = numbers("decays", decays, float)
     return nbl.Memory(**options)
+
+
+def parse_weights(given: str | None, count: int) -> list[float] | None:
+    """What --mix says of so many texts."""
+    if given is None:
+        return None
+    try:
+        weights = [float(part) for part in given.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != count or not all(0 < w < float("inf") for w in weights):
+        raise ValueError(
+            f"mix: expected a positive number for each of {count} texts (as 2,1), got {given!r}"
+        )
+    return weights
 
 
 def parse_window(size: int | None, sinks: int | None) -> nbl.Window | None:

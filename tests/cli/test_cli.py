@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 from command import COMMANDS, TEXT, nbl, refusal_of, result_of
-from nbl import demo, pipeline, windowed_layers
+from nbl import Calibration, demo, pipeline, windowed_layers
 from nbl.pipeline import disagreements
 from nbl_cli import app as cli
 from nbl_cli import options
@@ -332,6 +332,21 @@ def test_several_texts_after_one_option(tiny, book):
         "b",
         "--json",
     ]
+
+
+def test_several_texts_take_turns(tiny, book, tmp_path):
+    """Of each its share, however few tokens are read."""
+    (tmp_path / "long.txt").write_text("zz qq " * 4000)
+    read = ["--text", f"{book}/1.txt", "long.txt", "--max-tokens", 600]
+    found = result_of("calibrate", tiny, *read, "--mix", "1,1", "-o", "cal")
+    first = Calibration.load(found["output"]).batches_digest
+    alone = result_of(
+        "calibrate", tiny, "--text", f"{book}/1.txt", "--max-tokens", 600, "-o", "one"
+    )
+    assert first != Calibration.load(alone["output"]).batches_digest
+    for given in ("1", "1,0", "1,x", "1,1,1"):
+        refused = refusal_of("calibrate", tiny, *read, "--mix", given, "-o", "no")
+        assert "mix: expected a positive number for each of 2 texts" in refused
 
 
 def test_chats_go_through_the_template(tiny, book, tmp_path):

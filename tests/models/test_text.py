@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from nbl.text import Chat, count_tokens, load_texts, split_documents, token_batches
+from nbl.text import Chat, count_tokens, load_texts, mix_texts, split_documents, token_batches
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -286,3 +286,54 @@ def test_packing_refuses(arguments, message):
         token_batches(ByteTokenizer(), ["text"], **{"batch_size": 1, **arguments})
     with pytest.raises(ValueError, match="got 0"):
         token_batches(ByteTokenizer(), [], length=8, batch_size=1)
+
+
+# --- kinds of text in turns ----------------------------------------------------------------------
+
+
+def test_kinds_take_turns():
+    """Wherever one stops, each has its share; all is there, in the order of each kind."""
+    kinds = [
+        [f"a{i} " * 40 for i in range(300)],
+        ["b\n" * 40_000],
+        [f"c{i}" * 9 for i in range(50)],
+    ]
+    mixed = mix_texts(kinds)
+    text = "".join(map(str, mixed))
+    for kind, mark in zip(kinds, "abc", strict=True):
+        assert "".join(d for d in mixed if d.startswith(mark)) == "".join(kind)
+    sizes = [sum(map(len, kind)) for kind in kinds]
+    for share in (0.3, 0.6, 0.9):
+        seen = 0
+        prefix = []
+        for document in mixed:
+            if seen > share * len(text):
+                break
+            prefix.append(document)
+            seen += len(document)
+        for size, mark in zip(sizes, "abc", strict=True):
+            own = sum(len(d) for d in prefix if d.startswith(mark))
+            assert abs(own - share * size) <= (1 << 14) + 2000
+    assert max(map(len, mixed)) <= 1 << 14 and all(d.endswith("\n") for d in mixed if d[0] == "b")
+
+
+def test_kinds_with_weights():
+    """In these proportions, until one kind has no more."""
+    kinds = [["a" * 100] * 90, ["b" * 50] * 1000]
+    mixed = mix_texts(kinds, [3, 1])
+    count = {mark: sum(len(d) for d in mixed if d[0] == mark) for mark in "ab"}
+    assert count["a"] == 9000 and abs(count["b"] - 3000) <= 100
+    assert [d[0] for d in mix_texts([["a"], ["b"] * 9], [1, 4])] == list("abbbb")
+    chats = [Chat([{"role": "user", "content": "x" * 40_000}], "here")]
+    assert mix_texts([chats, ["b"]])[0] is chats[0] or mix_texts([chats, ["b"]])[1] is chats[0]
+    assert mix_texts([["word " * 8000], ["b"]])[0].endswith(" ")
+    assert len(mix_texts([["x" * 40_000], ["b"]])) == 4  # where nothing ends, anywhere
+    for wrong, words in (
+        (([], None), "kinds: expected documents"),
+        (([["a"], []], None), "kinds: expected documents"),
+        (([["a"], ["b"]], [1]), "weights: expected 2 positive numbers"),
+        (([["a"], ["b"]], [1, 0]), "weights: expected 2 positive numbers"),
+        (([["a"], ["b"]], [1, float("inf")]), "weights: expected 2 positive numbers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            mix_texts(*wrong)

@@ -19,6 +19,7 @@ from ..options import (
     Length,
     MaxTokens,
     Memory,
+    Mix,
     Model,
     Output,
     Overwrite,
@@ -33,6 +34,7 @@ from ..show import done, progress, show_scores
 def calibrate(
     model: Model,
     text: Texts = None,
+    mix: Mix = None,
     output: Output = ...,
     features: Features = None,
     memory: Memory = False,
@@ -54,7 +56,10 @@ def calibrate(
 ) -> dict:
     """Read a text once and keep what is needed to rank and linearize every layer.
 
-    Example: `nbl calibrate meta-llama/Llama-3.2-1B --text book.txt notes/ -o cal`
+    Maps fit the kinds of text that they are calibrated on: give all kinds that the model will read.
+
+    Examples: `nbl calibrate meta-llama/Llama-3.2-1B --text book.txt notes/ -o cal`,
+    `nbl calibrate smollm2 --text web.jsonl wiki.txt --mix 2,1 -o cal`
     """
     import nbl
     from nbl import measure, pipeline, saving
@@ -67,7 +72,7 @@ def calibrate(
     with new_folder(output, overwrite=overwrite) as folder:
         loaded, tokenizer = models.load(model, dtype, device)
         limit = max_tokens or CALIBRATION_TOKENS
-        documents, sources = models.read_texts(model, text, limit)
+        documents, sources = models.read_texts(model, text, limit, mix=mix)
         features = features or "post-norm"
         sizes = {"length": length, "batch_size": batch_size, "max_tokens": limit}
         batches = pipeline.make_batches(loaded, tokenizer, documents, **sizes)

@@ -11,6 +11,7 @@ from ..show import done, note, progress, show_plan, show_points, show_scores, sh
 def compress(
     model: given.Model,
     text: given.Texts = None,
+    mix: given.Mix = None,
     layers: given.Layers = None,
     output: given.Output = ...,
     speedup: given.Speedup = None,
@@ -82,7 +83,7 @@ def compress(
         documents, sources = [], []
         if known is None or text or model == "demo":
             most = max_tokens or (pipeline.PAPER["max_tokens"] if preset else CALIBRATION_TOKENS)
-            documents, sources = models.read_texts(model, text, most)
+            documents, sources = models.read_texts(model, text, most, mix=mix)
         evaluate = evaluate or sweep or bool(eval_text or other_text)
         held_out, eval_sources, other, other_sources = None, [], None, []
         if evaluate:

@@ -69,7 +69,9 @@ def _eval(
     asked = [] if tasks is None else read_tasks(tasks, limit)
     documents, sources = [], []
     if text or not asked:
-        documents, sources = models.read_texts(model, text, max_tokens, demo_split="test")
+        documents, sources = models.read_texts(
+            model, text, max_tokens, demo_split="test", in_turns=False
+        )
     sizes = {"length": length, "batch_size": batch_size, "max_tokens": max_tokens}
     place = {"dtype": dtype, "device": device}
     first = _measure(model, weights, documents, asked, sizes, place)
