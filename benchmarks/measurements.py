@@ -20,7 +20,14 @@ from typing import Any
 
 from benchmarks.results import FOLDER, ROOT, read
 
-DOCUMENTS = ("README.md", "docs/measurements.md", "docs/memory.md", "docs/heal.md", "docs/cuda.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/measurements.md",
+    "docs/memory.md",
+    "docs/window.md",
+    "docs/heal.md",
+    "docs/cuda.md",
+)
 MARK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- / -->)", re.DOTALL)
 GPU = "gpu-nvidia-h200-2026-11-26T2218.json"
 GPU_COVARIANCE = "gpu-nvidia-h200-2026-11-26T2226-covariance.json"
