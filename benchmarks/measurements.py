@@ -215,11 +215,13 @@ KINDS = {  # in real.json: in a table
     "dropped": "attention dropped",
     "paper": "the paper's recipe: pre-norm features",
     "one-token": "one token",
+    "one-token-mix": "one token, calibrated on both kinds",
     "memory-full": "memory, full rank",
     "memory-d4": "memory, rank d/4",
     "memory-d8": "memory, rank d/8",
     "window-128": "itself, seeing 128 tokens + 1",
     "window-32": "itself, seeing 32 tokens + 4",
+    "window-32-no-sink": "itself, seeing 32 tokens, no sink",
 }
 
 

@@ -133,9 +133,7 @@ def main() -> None:
     numbers = {"type": lambda text: [int(n) for n in text.split(",") if n]}
     parser.add_argument("--model", default="meta-llama/Llama-3.1-8B")
     parser.add_argument("--quantized", metavar="MODEL", help="its weights in 4 bits, as published")
-    parser.add_argument(
-        "--text", required=True, help="of the calibration")
-    )
+    parser.add_argument("--text", required=True, help="of the calibration")
     parser.add_argument("--tasks", default=TASKS, help="as nbl eval takes them; '': none")
     parser.add_argument("--limit", type=int, help="only the first so many questions of each task")
     parser.add_argument("--counts", default=[4, 8, 12, 16], **numbers)

@@ -127,6 +127,7 @@ def kinds(size: int) -> dict[str, dict[str, Any]]:
         "memory-d8": {"memory": memory, "rank": size // 8, "criteria": ("residual", "greedy")},
         "window-128": {"window": nbl.Window(128, 1), "criteria": ("cosine", "greedy")},
         "window-32": {"window": nbl.Window(32, 4), "criteria": ("cosine", "greedy")},
+        "window-32-no-sink": {"window": nbl.Window(32, 0), "criteria": ("cosine",)},
     }
 
 
@@ -197,7 +198,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         said = functools.partial(print, "   ", flush=True)
         read = study.mixed[: len(study.measured)]
-        made = nbl.plan(model, cal, read, **STEP, bytes=PLAN, say=said)
+        windows = [nbl.Window(128, 1), nbl.Window(32, 4)]
+        made = nbl.plan(model, cal, read, **STEP, bytes=PLAN, windows=windows, say=said)
         seconds = time.perf_counter() - start
         # As much of the cache as is left where so many layers have no keys at all, and the end.
         total = len(study.stock)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import nbl_kernels as nk
 
+from .batches import read_batches
 from .calibration import Calibration, added_losses
 from .checks import check_model, check_no_draft
 from .costs import Cost, attention_cost, other_cost
@@ -164,7 +165,8 @@ def plan(
         speedup: at least so many times fewer bytes of a decode step in all; from 1 on.
         bytes: at most this share of the bytes of keys, values and states, between 0 and 1. At least
             one of the two.
-        windows: to choose from; None: 128 and 512 tokens and a sink. ranks: of maps and memories
+        windows: to choose from, shorter than the longest sequence; None: 128 and 512 tokens and a
+            sink, as far as they are at most a quarter of it. ranks: of maps and memories
             (None: full). drop: whether attention may also just go.
         ridge, bias: of the maps.
         remeasured: how many changes are measured in each step.
@@ -196,8 +198,9 @@ def plan(
     batches = batches if isinstance(batches, list | tuple) else list(batches)
     if not batches:
         raise ValueError("batches: expected token batches to measure on, got none")
+    longest = max(batch.input_ids.shape[1] for batch in read_batches(batches, model))
     sizes = {"context": context, "batch": batch}
-    windows = [Window(128), Window(512)] if windows is None else list(windows)
+    windows = _windows(windows, longest)
     layers = range(model.config.num_hidden_layers)
     stock = {i: attention_cost(model.model.layers[i], None, **sizes) for i in layers}
     options = {"ridge": ridge, "bias": bias}
@@ -267,6 +270,21 @@ def kind_name(spec: LayerSpec) -> str:
         return "drop"
     name = "memory" if spec.has_memory else "map"
     return name if spec.rank is None else f"{name} rank {spec.rank}"
+
+
+def _windows(given: Iterable[Window] | None, longest: int) -> list[Window]:
+    """Those that texts of this length can say something about."""
+    if given is None:
+        sizes = [size for size in (128, 512) if 4 * size <= longest]
+        return [Window(size) for size in sizes or [max(1, longest // 4)]]
+    windows = list(given)
+    blind = [window for window in windows if window.size >= longest]
+    if blind:
+        raise ValueError(
+            f"windows: expected fewer tokens than the longest sequence of batches has, {longest}, "
+            f"got {blind[0].size}: what it costs would not be seen"
+        )
+    return windows
 
 
 def _choices(

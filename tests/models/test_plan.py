@@ -146,6 +146,7 @@ def test_what_is_refused(tiny_model, cals, batches):
         ({"context": 0}, "context: expected a positive int"),
         ({"batch": 1.5}, "batch: expected a positive int"),
         ({"remeasured": 0}, "remeasured: expected a positive int"),
+        ({"windows": [nbl.Window(64)]}, "windows: expected fewer tokens than the longest .* 64"),
         ({"speedup": 50}, "speedup: expected at most [0-9.]+, which is the most"),
         ({"bytes": 0.0, "drop": False, "windows": WINDOWS}, "bytes: expected a share from"),
     ):
