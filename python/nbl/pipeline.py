@@ -258,6 +258,12 @@ def compress(
             f"calibrating on {count_tokens(batches):,}"
         ]
 
+    read_length = max((b.shape[1] for b in batches + eval_batches), default=None)
+    if window is not None and read_length is not None and window.size >= read_length:
+        notes.append(
+            f"window: {window.size} tokens are no fewer than the text's sequences have "
+            f"({read_length}): nothing that is measured here says what it costs"
+        )
     mapless = None
     if calibration is None:
         read = watch(batches, "calibrating", 2 if planned and memory else 1)

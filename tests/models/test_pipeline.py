@@ -112,6 +112,13 @@ def test_a_plan(memory, compress, tiny_model, tokenizer, documents):
     assert dense["state_bytes"] == 0 and said[0] == "planning ..."
 
 
+def test_a_note_says_that_a_window_is_not_seen(compress):
+    options = {"layers": [1], "length": 32}
+    (note,) = compress(**options, window=nbl.Window(32)).notes
+    assert note.startswith("window: 32 tokens are no fewer") and "(32)" in note
+    assert compress(**options, window=nbl.Window(31)).notes == []
+
+
 def test_a_note_says_where_two_kinds_of_text_part():
     dense = {"layers": [], "perplexity": 10.0, "other": {"perplexity": 20.0}}
     point = {"layers": [1, 2], "perplexity": 11.0, "other": {"perplexity": 26.0, "drop": 30.0}}
