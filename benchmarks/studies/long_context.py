@@ -33,10 +33,8 @@ RESULT = results.FOLDER / "long_context.json"
 VARIANTS: dict[str, tuple[int, nbl.Window | str | None]] = {
     "the model itself": (0, None),
     "12 maps": (12, "map"),
-    "12 dropped": (12, "drop"),
     "12 windows, 128 + 1": (12, nbl.Window(128, 1)),
     "12 windows, 512 + 1": (12, nbl.Window(512, 1)),
-    "30 windows, 128 + 1": (30, nbl.Window(128, 1)),
     "30 windows, 512 + 1": (30, nbl.Window(512, 1)),
 }
 STEPS = 24  # of decoding, in each turn
