@@ -116,6 +116,31 @@ def measure(options: argparse.Namespace) -> None:
                 finally:
                     nbl.restore(model)
                 options.save(found, study)
+    if options.plan is not None:
+        record = results.read(RESULT.with_name("real.json"))
+        points = next(row for row in record["rows"] if row["kind"] == "plan")["points"]
+        chosen = {int(i): kind for i, kind in points[options.plan]["layers"].items()}
+        try:
+            become(model, calibrated({}), chosen)
+            found.append(study.row("plan", f"point {options.plan}", sorted(chosen)))
+        finally:
+            nbl.restore(model)
+        options.save(found, study)
+
+
+def become(model: Any, cal: nbl.Calibration, chosen: dict[int, str]) -> None:
+    """Makes layers of these kinds, as a plan names them: windows, maps, dropped ones."""
+    for layer, kind in chosen.items():
+        name, _, size = kind.partition(" ")
+        if name == "window":
+            window = nbl.Window(*map(int, size.split("+")))
+            nbl.linearize(model, None, [layer], window=window)
+        elif kind == "map":
+            nbl.linearize(model, cal, [layer])
+        elif kind == "drop":
+            nbl.drop(model, [layer])
+        else:
+            raise SystemExit(f"--plan: no {kind!r} is known here")
 
 
 def parse_order(given: str) -> tuple[str, list[int]]:
@@ -144,6 +169,9 @@ def main() -> None:
     parser.add_argument("--order", type=parse_order, action="append", default=[])
     parser.add_argument("--counts", default="8,12", help="layers that are replaced")
     parser.add_argument("--only", default="dropped,one-token", help=f"of {', '.join(everything)}")
+    parser.add_argument(
+        "--plan", type=int, metavar="N", help="also the N-th point of the plan in real.json"
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--calibration-tokens", type=int, default=98_304)
     parser.add_argument("--threads", type=int, default=2)
