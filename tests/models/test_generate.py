@@ -265,6 +265,7 @@ def test_from_embeddings(layers, linearized, prompt):
 @torch.no_grad()
 def test_compiled_decode_step(linearized, prompt):
     """The step that transformers compiles for a static cache: one graph, whatever the length."""
+    torch.compiler.reset()  # of what other tests compiled, there is a limit to how much
     model = linearized([0, 2])
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = torch.compile(model, backend="eager", fullgraph=True)

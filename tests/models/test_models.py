@@ -222,6 +222,7 @@ def test_gradients_with_and_without_checkpointing(family, tiny_model, token_batc
 
 @torch.no_grad()
 def test_compiles_without_graph_breaks(tiny_model, token_batches, ids):
+    torch.compiler.reset()  # of what other tests compiled, there is a limit to how much
     model = tiny_model()
     cal = calibrate(model, token_batches())
     nbl.linearize(model, cal, [0, 3])

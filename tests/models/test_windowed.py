@@ -274,6 +274,7 @@ def test_operations_on_a_cache(tiny_model, padded_inputs):
 @torch.no_grad()
 def test_compiled_decode_step(tiny_model, ids):
     """One graph, whatever the length."""
+    torch.compiler.reset()  # of what other tests compiled, there is a limit to how much
     model = linearize_tiny(tiny_model(), LAYERS, window=nbl.Window(3, 1))
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = torch.compile(model, backend="eager", fullgraph=True)
