@@ -304,8 +304,16 @@ def long_costs() -> str:
 
 
 def heal() -> str:
-    record, said = of_study("heal", "--text TEXT --other OTHER")
+    return _healed(*of_study("heal", "--text TEXT --other OTHER"))
 
+
+def heal_memory() -> str:
+    record = read(FOLDER / "heal_memory.json")
+    file, command = "heal_memory.json", "python -m benchmarks.studies.heal … --memory RANK"
+    return _healed(record, source(file, command, record["environment"], record["date"]))
+
+
+def _healed(record: dict[str, Any], said: str) -> str:
     def cells(name: str, steps: object, kl: float, found: dict[str, Any]) -> list[object]:
         return [name, steps, f"{kl:.3f}", *(f"{found[text]:.2f}" for text in record["base"])]
 
@@ -523,6 +531,7 @@ TABLES: dict[str, Callable[[], str]] = {
         long_quality,
         long_costs,
         heal,
+        heal_memory,
         engines,
         quantization,
         speculative,

@@ -1,10 +1,12 @@
-"""What healing gains on a real model: one-token maps trained against the original's logits.
+"""What healing gains on a real model: maps trained against the original's logits.
 
 Perplexity on held-out text of the calibration's kind and of another, and the KL divergence from
 the original, with the closed-form maps, and after some ways to train them. The texts and their
-parts are those of :mod:`benchmarks.studies.real`.
+parts are those of :mod:`benchmarks.studies.real`. One-token maps of one kind of text; or, with
+--memory RANK, maps with a memory, of both kinds, which are trained on both.
 
     python -m benchmarks.studies.heal --text c4.jsonl --other wikitext.txt
+    python -m benchmarks.studies.heal … --memory 288 --only "W, 3e-3" --steps 120
     python -m benchmarks.studies.heal … --only "W, 3e-4" --steps 25 --json none
 """
 
@@ -26,6 +28,7 @@ from benchmarks import results
 from benchmarks.studies.real import CONTEXT, rows
 
 RESULT = results.FOLDER / "heal.json"
+WITH_MEMORY = results.FOLDER / "heal_memory.json"
 ROWS = 2  # sequences that run at once
 HELD_OUT = 8  # sequences of the calibration text that healing measures on
 # {name: how the maps are trained}; mixed: half of the rows are of the text --mix.
@@ -53,13 +56,22 @@ def measure(options: argparse.Namespace) -> None:
 
     base = perplexities()
     calibration = list(first[:sequences].split(8))
-    cal = nbl.calibrate(model, calibration, layers=options.layers, progress=False)
-    nbl.linearize(model, cal, options.layers)
+    maps: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
+    if options.memory is not None:
+        maps, seen = {"rank": options.memory}, {"memory": nbl.Memory()}
+        half = first[: sequences // 2], other[test : test + sequences // 2]
+        both = torch.stack(half, dim=1).flatten(0, 1)  # one of each in turns
+        calibration = list(both.split(8))
+        train, validation = both[:-HELD_OUT], both[-HELD_OUT:]
+    cal = nbl.calibrate(model, calibration, layers=options.layers, progress=False, **seen)
+    nbl.linearize(model, cal, options.layers, **maps)
     record = {
         "model": options.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "texts": {name: Path(getattr(options, o)).name for name, o in KINDS.items()},
         "mix": options.mix,
+        **({} if options.memory is None else {"memory_rank": options.memory}),
         "layers": options.layers,
         "num_hidden_layers": model.config.num_hidden_layers,
         "calibration_tokens": sequences * CONTEXT,
@@ -72,7 +84,7 @@ def measure(options: argparse.Namespace) -> None:
     }
     print(f"  the model itself {_shown(base)}, closed form {_shown(record['closed form'])}")
     for name in options.only:
-        nbl.linearize(model, cal, options.layers)  # maps anew
+        nbl.linearize(model, cal, options.layers, **maps)  # maps anew
         how = dict(WAYS[name])
         read: Tensor = train
         if how.pop("mixed", False):
@@ -132,6 +144,7 @@ def main() -> None:
     parser.add_argument("--other", required=True, help="held-out text of another kind")
     parser.add_argument("--mix", default="demo:train", help="what is mixed in (%(default)s)")
     parser.add_argument("--layers", default="5,6,7,9,25,26,28,29")
+    parser.add_argument("--memory", type=int, metavar="RANK", help="maps with a memory, both kinds")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
     parser.add_argument("--dtype", default="auto")
@@ -139,8 +152,11 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=8192, help="of each kind of text")
     parser.add_argument("--only", action="append", choices=WAYS, help="default: all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", default=str(RESULT), metavar="FILE", help="none: nowhere")
+    parser.add_argument(
+        "--json", metavar="FILE", help=f"none: nowhere (default: {RESULT}, or {WITH_MEMORY.name})"
+    )
     options = parser.parse_args()
+    options.json = options.json or str(RESULT if options.memory is None else WITH_MEMORY)
     options.layers = [int(layer) for layer in options.layers.split(",")]
     options.only = options.only or list(WAYS)
     torch.set_num_threads(options.threads)
