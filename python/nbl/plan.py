@@ -158,7 +158,7 @@ def plan(
 
     Args:
         model: a supported causal LM with all its attention.
-        cal: what maps are solved from; several of them, with different memories; None: no maps.
+        cal: what maps are solved from; two of them, one with a memory; None: no maps.
         batches: token batches to measure on. A window costs nothing on texts shorter than it: they
             should be as long as what the model will read, as far as they can be.
         context, batch: how many tokens of how many sequences there are in a decode step.
@@ -194,6 +194,11 @@ def plan(
     cals = [] if cal is None else [cal] if isinstance(cal, Calibration) else list(cal)
     for one in cals:
         one.check_model(model)
+    if len({one.memory is None for one in cals}) < len(cals):
+        raise ValueError(
+            "cal: expected one calibration without and one with a memory at most, got "
+            f"{[one.memory for one in cals]}"
+        )
     say = say or (lambda sentence: None)
     batches = batches if isinstance(batches, list | tuple) else list(batches)
     if not batches:
@@ -364,25 +369,28 @@ class _Needs:
 
     def check(self, choices: Mapping[tuple[int, str], _Choice]) -> None:
         """ValueError where the cheapest choice of all costs too much."""
-        least: dict[int, Cost] = {}
+        dense = self.dense
         if self.cache is not None:
-            for (i, _), choice in choices.items():
-                least[i] = min(least.get(i, self.stock[i]), choice.cost, key=lambda c: c.cache)
-            cost = self.cost(least)
-            if cost.cache > self.cache:
+            least = self._least(choices, "cache")
+            if least > self.cache:
                 raise ValueError(
-                    f"bytes: expected a share from {cost.cache / max(1, self.dense.cache):.3f} on, "
-                    f"the least that these kinds keep, got {self.cache / self.dense.cache:.3f}"
+                    f"bytes: expected a share from {least / max(1, dense.cache):.3f} on, the least "
+                    f"that these kinds keep, got {self.cache / dense.cache:.3f}"
                 )
         if self.bytes is not None:
-            for (i, _), choice in choices.items():
-                least[i] = min(least.get(i, self.stock[i]), choice.cost, key=lambda c: c.bytes)
-            cost = self.cost(least)
-            if cost.bytes > self.bytes:
+            least = self._least(choices, "bytes")
+            if least > self.bytes:
                 raise ValueError(
-                    f"speedup: expected at most {self.dense.bytes / cost.bytes:.3f}, which is the "
-                    f"most that these kinds give, got {self.dense.bytes / self.bytes:.3f}"
+                    f"speedup: expected at most {dense.bytes / least:.3f}, which is the most that "
+                    f"these kinds give, got {dense.bytes / self.bytes:.3f}"
                 )
+
+    def _least(self, choices: Mapping[tuple[int, str], _Choice], what: str) -> int:
+        """Of "bytes" or "cache", with the kind of every layer that has the fewest."""
+        least = {i: getattr(cost, what) for i, cost in self.stock.items()}
+        for (i, _), choice in choices.items():
+            least[i] = min(least[i], getattr(choice.cost, what))
+        return sum(least.values()) + getattr(self.other, what)
 
 
 class _Search:

@@ -155,6 +155,8 @@ def test_what_is_refused(tiny_model, cals, batches):
             nbl.plan(model, cal, batches, **asked | wrong)
     with pytest.raises(ValueError, match="batches: expected token batches"):
         nbl.plan(model, cals[0], [], **asked)
+    with pytest.raises(ValueError, match="cal: expected one calibration without and one with"):
+        nbl.plan(model, [cals[0], cals[0]], batches, **asked)
     with pytest.raises(ValueError, match="another model"):
         nbl.plan(tiny_model("qwen2"), cals, batches, **asked)
     nbl.drop(model, [1])

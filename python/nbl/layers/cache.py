@@ -9,7 +9,7 @@ repeat, select, crop, reset) is done to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,9 +121,18 @@ class EmptyCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None: ...
     def offload(self) -> None: ...
-    def reorder_cache(self, beam_idx: Tensor) -> None: ...
-    def batch_repeat_interleave(self, repeats: int) -> None: ...
-    def batch_select_indices(self, indices: Tensor) -> None: ...
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda t: t[indices.to(t.device)])
+
+    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Does this to whatever is kept for each row of the batch: nothing is."""
 
 
 class MemoryCacheLayer(EmptyCacheLayer):
@@ -205,16 +214,7 @@ class MemoryCacheLayer(EmptyCacheLayer):
         super().reset()
         self._forget()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(lambda t: t[indices.to(t.device)])
-
-    def _select(self, rows: Any) -> None:
+    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state, self.past = rows(self.state), rows(self.past)
 
@@ -383,16 +383,7 @@ class WindowCacheLayer(EmptyCacheLayer):
             for tensor in (self.keys, self.values, self.past):
                 tensor.zero_()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(lambda t: t[indices.to(t.device)])
-
-    def _select(self, rows: Any) -> None:
+    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.keys is None:
             return
         if len(self.past) == len(self.keys) > 1:

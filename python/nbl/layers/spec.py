@@ -49,8 +49,9 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "drop", "window"):
             raise ValueError(f"kind must be 'linear', 'drop' or 'window', got {self.kind!r}")
+        window = None
         if self.kind == "window":
-            Window(self.size, self.sinks)  # checks them
+            window = Window(self.size, self.sinks)
         elif (self.size, self.sinks) != (None, None):
             raise ValueError(f"size and sinks are those of a window, got kind {self.kind!r}")
         if self.features not in ("pre-norm", "post-norm"):
@@ -62,7 +63,9 @@ class LayerSpec:
         filters = Filters(self.lags, self.decays)
         object.__setattr__(self, "lags", filters.lags)
         object.__setattr__(self, "decays", filters.decays)
-        object.__setattr__(self, "filters", filters)  # no field: it follows from two of them
+        # No fields: they follow from others, and are asked for at every step.
+        object.__setattr__(self, "filters", filters)
+        object.__setattr__(self, "window", window)
 
     @property
     def has_memory(self) -> bool:
@@ -71,10 +74,6 @@ class LayerSpec:
     @classmethod
     def of_window(cls, window: Window) -> LayerSpec:
         return cls("window", size=window.size, sinks=window.sinks)
-
-    @property
-    def window(self) -> Window | None:
-        return Window(self.size, self.sinks) if self.kind == "window" else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; a map without a memory says nothing of one, a window nothing of a map."""
